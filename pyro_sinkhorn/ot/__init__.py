@@ -1,0 +1,7 @@
+"""Optimal transport on tensors; knows nothing of Pyro."""
+
+from pyro_sinkhorn.ot.divergence import DivergenceResult, sinkhorn_divergence
+from pyro_sinkhorn.ot.problem import ConvergenceWarning
+from pyro_sinkhorn.ot.sinkhorn import SinkhornResult, sinkhorn
+
+__all__ = ["ConvergenceWarning", "DivergenceResult", "SinkhornResult", "sinkhorn", "sinkhorn_divergence"]
