@@ -1,0 +1,8 @@
+"""Pyro programs with any prior you can sample, fitted by matching clouds of latents with optimal transport."""
+
+from pyro_sinkhorn.distributions import Implicit
+from pyro_sinkhorn.geometry import register_geometry
+from pyro_sinkhorn.guide import AutoImplicit
+from pyro_sinkhorn.losses import Trace_Sinkhorn
+
+__all__ = ["AutoImplicit", "Implicit", "Trace_Sinkhorn", "register_geometry"]

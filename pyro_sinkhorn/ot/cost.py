@@ -1,6 +1,7 @@
 r"""Ground costs between point clouds.
 
-A cost maps points ``x`` of shape ``(..., n, d)`` and ``y`` of shape ``(..., m, d)`` to a matrix ``(..., n, m)``.
+A cost maps points ``x`` of shape ``(..., n, d)`` and ``y`` of shape ``(..., m, d)`` to a matrix
+``(..., n, m)``.
 
 ====================  ==================================  =======================================
 name                  formula                             note
@@ -43,7 +44,7 @@ def euclidean(x: Tensor, y: Tensor) -> Tensor:
     >>> euclidean(torch.zeros(1, 2), torch.tensor([[3.0, 4.0]])).tolist()
     [[5.0]]
     """
-    # The matrix-product form would be faster and wrong by 1e-3 near zero in float32, where the root magnifies.
+    # The matrix-product form would be faster and wrong by 1e-3 near zero in float32, where the root blows up.
     return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
 
 
@@ -57,16 +58,19 @@ def cost_matrix(cost: Cost, x: Tensor, y: Tensor) -> Tensor:
     """
     if isinstance(cost, str):
         if cost not in _NAMED:
-            raise ValueError(f"unknown cost {cost!r}: expected one of {sorted(_NAMED)} or a callable cost(x, y)")
+            raise ValueError(
+                f"unknown cost {cost!r}: expected one of {sorted(_NAMED)} or a callable cost(x, y)"
+            )
         return _NAMED[cost](x, y)
-    # A user's cost is written for two clouds, so it is called once a problem instead of being asked to broadcast.
+    # A user's cost is written for two clouds: it is called once a problem instead of being asked to broadcast.
     matrices = [cost(xi, yi) for xi, yi in zip(x, y, strict=True)]
     expected = (x.shape[-2], y.shape[-2])
     for matrix in matrices:
         if not isinstance(matrix, Tensor) or tuple(matrix.shape) != expected:
             got = tuple(matrix.shape) if isinstance(matrix, Tensor) else type(matrix).__name__
             raise ValueError(
-                f"the cost {getattr(cost, '__name__', cost)!r} was given clouds of shape {tuple(x.shape[1:])} and "
-                f"{tuple(y.shape[1:])} and returned {got}: expected a tensor of shape {expected}"
+                f"the cost {getattr(cost, '__name__', cost)!r} was given clouds of shape "
+                f"{tuple(x.shape[1:])} and {tuple(y.shape[1:])} and returned {got}: "
+                f"expected a tensor of shape {expected}"
             )
     return torch.stack(matrices)

@@ -1,8 +1,8 @@
 r"""How clouds are split for the independent-halves divergence.
 
-Rules without which the estimate is biased again: the four halves are **equal** in units (odd ones are dropped at
-random), split **at random** (data may be sorted), and by **unit**: points that belong together (words of one
-document, particles of one datum) stay together.
+Rules without which the estimate is biased again: the four halves are **equal** in units (odd ones are dropped
+at random), split **at random** (data may be sorted), and by **unit**: points that belong together (words of
+one document, particles of one datum) stay together.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Half:
-    """Points of ``n_blocks`` halves: ``index`` and ``weight``, both ``(n_blocks, k)``; padding has weight 0."""
+    """Points of ``n_blocks`` halves: ``index`` and ``weight``, ``(n_blocks, k)``; padding has weight 0."""
 
     index: Tensor
     weight: Tensor
@@ -43,11 +43,11 @@ def draw_halves(
 ) -> Halves:
     """Split clouds of ``n_x`` and ``n_y`` points into disjoint blocks of two halves each.
 
-    :param size: units in a half; default (and at most) half of the smaller cloud. Where both clouds hold several
-        times ``2 * size`` units, they are cut into that many blocks, whose estimates are averaged
+    :param size: units in a half; default (and at most) half of the smaller cloud. Where both clouds hold
+        several times ``2 * size`` units, they are cut into that many blocks, whose estimates are averaged
     :param units_x: unit of each point, integers ``(n_x,)``; default every point its own
-    :param shared: the clouds are paired unit by unit (they share covariates): split both alike, so that ``x1`` and
-        ``y2`` have no unit in common
+    :param shared: the clouds are paired unit by unit (they share covariates): split both alike, so that ``x1``
+        and ``y2`` have no unit in common
     :param generator: source of randomness; torch's global one by default
     :raises ValueError: where a cloud has fewer than two units
 
@@ -55,23 +55,29 @@ def draw_halves(
     >>> [tuple(half.index.shape) for half in (halves.x1, halves.x2, halves.y1, halves.y2)]
     [(1, 2), (1, 2), (1, 2), (1, 2)]
     """
-    members_x, members_y = _members(n_x, units_x, device), _members(n_y, units_y, device)
+    (ids_x, members_x), (ids_y, members_y) = _members(n_x, units_x, device), _members(n_y, units_y, device)
     width = max(members_x.shape[1], members_y.shape[1])
     members_x, members_y = _pad(members_x, width), _pad(members_y, width)
     units = min(len(members_x), len(members_y))
     if units < 2:
         raise ValueError(
-            f"clouds of {len(members_x)} and {len(members_y)} independent units cannot be split into two halves: "
-            "give at least 2 of each, or debias='self' or None"
+            f"clouds of {len(members_x)} and {len(members_y)} independent units cannot be split into two "
+            "halves: give at least 2 of each, or debias='self' or None"
         )
-    if shared and len(members_x) != len(members_y):
-        raise ValueError(f"clouds paired by unit have {len(members_x)} and {len(members_y)} units")
+    if shared and not torch.equal(ids_x, ids_y):
+        raise ValueError(
+            f"clouds paired by unit must hold the same units: given {len(ids_x)} and {len(ids_y)} of them, "
+            f"{len(set(ids_x.tolist()) & set(ids_y.tolist()))} in common"
+        )
     if size is not None and size < 1:
         raise ValueError(f"match_size is {size}: expected a positive number of units in each half")
     size = units // 2 if size is None else min(size, units // 2)
     n_blocks = units // (2 * size)
-    order_x = torch.randperm(len(members_x), generator=generator).to(members_x.device)
-    order_y = order_x if shared else torch.randperm(len(members_y), generator=generator).to(members_y.device)
+    source = None if generator is None else generator.device
+    order_x = torch.randperm(len(members_x), generator=generator, device=source).to(members_x.device)
+    order_y = order_x
+    if not shared:
+        order_y = torch.randperm(len(members_y), generator=generator, device=source).to(members_y.device)
 
     def take(members: Tensor, order: Tensor, half: int) -> Half:
         chosen = order[: n_blocks * 2 * size].reshape(n_blocks, 2, size)[:, half]
@@ -80,23 +86,27 @@ def draw_halves(
         return Half(index.clamp_min(0), present.to(torch.get_default_dtype()))
 
     return Halves(
-        take(members_x, order_x, 0), take(members_x, order_x, 1), take(members_y, order_y, 0), take(members_y, order_y, 1)
+        take(members_x, order_x, 0),
+        take(members_x, order_x, 1),
+        take(members_y, order_y, 0),
+        take(members_y, order_y, 1),
     )
 
 
-def _members(n: int, units: Tensor | None, device: torch.device | None) -> Tensor:
-    """Point indices of each unit, ``(n_units, largest unit)``, padded with -1."""
+def _members(n: int, units: Tensor | None, device: torch.device | None) -> tuple[Tensor, Tensor]:
+    """Sorted unit ids, and the point indices of each unit, ``(n_units, largest unit)``, padded with -1."""
     if units is None:
-        return torch.arange(n, device=device).unsqueeze(-1)
+        points = torch.arange(n, device=device)
+        return points, points.unsqueeze(-1)
     if units.shape != (n,):
         raise ValueError(f"unit ids have shape {tuple(units.shape)}: expected ({n},), one for each point")
-    _, unit, counts = units.unique(return_inverse=True, return_counts=True)
+    ids, unit, counts = units.unique(return_inverse=True, return_counts=True)
     order = unit.argsort(stable=True)
     starts = counts.cumsum(0) - counts
     position = torch.arange(n, device=units.device) - starts[unit[order]]
     members = units.new_full((len(counts), int(counts.max())), -1, dtype=torch.long)
     members[unit[order], position] = order
-    return members
+    return ids, members
 
 
 def _pad(members: Tensor, width: int) -> Tensor:

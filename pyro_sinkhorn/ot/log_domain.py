@@ -1,6 +1,7 @@
 r"""The reference backend: Sinkhorn's algorithm in the log domain.
 
-Block coordinate ascent on the dual of :math:`\min_P \langle P,C\rangle + \varepsilon\,\mathrm{KL}(P\,\|\,a\otimes b)`:
+Block coordinate ascent on the dual of
+:math:`\min_P \langle P,C\rangle + \varepsilon\,\mathrm{KL}(P\,\|\,a\otimes b)`:
 
 .. math::
 
@@ -36,11 +37,13 @@ def solve_log_domain(problem: Problem) -> Solution:
     error = torch.full_like(epsilon, torch.inf)
     iteration = 0
     for iteration in range(1, problem.max_iters + 1):
-        # After a column step the columns are exact and the rows off by exp((f - f_next)/epsilon): the next row
-        # step measures the error of the pair (f, g) for nothing.
+        # After a column step the columns are exact and the rows off by exp((f - f_next)/epsilon): the next
+        # row step measures the error of the pair (f, g) for nothing.
         f_next = half_step(g, cost, log_b, epsilon)
-        error = (log_a.exp() * torch.expm1((f - f_next) / epsilon[:, None]).abs()).sum(-1)
-        if not bool((error > problem.tolerance).any()):  # written so that NaN ends the loop too
+        residual = problem.a.detach() * torch.expm1((f - f_next) / epsilon[:, None]).abs()
+        error = residual.where(log_a > -torch.inf, 0).sum(-1)  # expm1 may overflow at a masked point: 0 * inf
+        # Written so that NaN ends the loop too. The last round only measures: the error is the returned pair's.
+        if iteration == problem.max_iters or not bool((error > problem.tolerance).any()):
             break
         f = f_next
         g = half_step(f, cost.mT, log_a, epsilon)

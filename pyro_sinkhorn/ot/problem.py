@@ -38,7 +38,7 @@ class Problem:
 
     @cached_property
     def cost_matrix(self) -> Tensor:
-        """``(B, n, m)``, differentiable in the points. A backend that never needs it whole never pays for it."""
+        """``(B, n, m)``, differentiable in the points. A backend that never needs it whole does not pay for it."""
         with torch.enable_grad():  # a backend asks for it under no_grad, the value then needs its graph
             return cost_matrix(self.cost, self.x, self.y)
 
@@ -61,8 +61,17 @@ class Solution:
 
 
 def plan(problem: Problem, solution: Solution) -> Tensor:
-    r"""The coupling :math:`P_{ij} = a_i b_j \exp((f_i+g_j-C_{ij})/\varepsilon)`, shape ``(B, n, m)``, detached."""
+    r"""The coupling :math:`P_{ij} = a_i b_j \exp((f_i+g_j-C_{ij})/\varepsilon)`, ``(B, n, m)``, detached."""
     with torch.no_grad():
-        exponent = solution.f.unsqueeze(-1) + solution.g.unsqueeze(-2) - problem.cost_matrix
+        f, g = without_masked(solution.f, problem.a), without_masked(solution.g, problem.b)
+        exponent = f.unsqueeze(-1) + g.unsqueeze(-2) - problem.cost_matrix
         density = (exponent / problem.epsilon[:, None, None]).exp()
         return problem.a.unsqueeze(-1) * problem.b.unsqueeze(-2) * density
+
+
+def without_masked(potential: Tensor, weights: Tensor) -> Tensor:
+    r"""The potential with :math:`-\infty` at points of zero weight, whose density is then 0.
+
+    No constraint bounds the density between two masked points: it may overflow, and 0 times infinity is NaN.
+    """
+    return potential.masked_fill(weights == 0, -torch.inf)

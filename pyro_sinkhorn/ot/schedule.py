@@ -2,8 +2,8 @@ r"""Epsilon schedule: solve blurred problems first, each the start of the next.
 
 At a large epsilon one Sinkhorn step nearly solves the problem, so a geometric descent
 :math:`\varepsilon_0, r\varepsilon_0, r^2\varepsilon_0, \dots, \varepsilon` with one step a stage brings the
-potentials close for a few steps in all, where a cold start would need about :math:`\max C/\varepsilon` of them
-(Schmitzer 2019, *Stabilized sparse scaling algorithms for entropy regularized transport problems*).
+potentials close for a few steps in all, where a cold start would need about :math:`\max C/\varepsilon` of
+them (Schmitzer 2019, *Stabilized sparse scaling algorithms for entropy regularized transport problems*).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def epsilon_schedule(diameter: Tensor, epsilon: Tensor, ratio: float = 0.5) -> list[Tensor]:
-    """Stages from the largest cost down to, not including, ``epsilon``; every entry has the shape of ``epsilon``.
+    """Stages from the largest cost down to, not including, ``epsilon``; each has the shape of ``epsilon``.
 
     diameter:  largest cost of each problem, ``(B,)``
     epsilon:   target, ``(B,)``

@@ -1,0 +1,121 @@
+"""Which geometry a distribution gets: by its type first, then by its support."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints
+
+from pyro_sinkhorn.geometry.base import Geometry
+from pyro_sinkhorn.geometry.curved import Circle, Simplex, Sphere
+from pyro_sinkhorn.geometry.elementwise import HalfLine, Interval, Real
+
+Factory = Callable[[Any], Geometry]
+
+_BY_TYPE: dict[type, Factory] = {}
+_BY_SUPPORT: dict[type, Factory] = {}
+
+
+def register_geometry(key: Any, factory: Factory | None = None) -> Any:
+    r"""Teach pyro_sinkhorn a distribution or a support.
+
+    :param key: a distribution class, or a constraint (class or instance) for every distribution with that support.
+        Distributions win over supports, subclasses over their parents; a second registration replaces the first
+    :param factory: the site's distribution :math:`\to` :class:`~pyro_sinkhorn.geometry.Geometry`. It is called with
+        the distribution as the model states it, ``Independent`` and ``expand`` included. Without it,
+        ``register_geometry(key)`` is a decorator
+    :returns: the factory
+    :raises TypeError: where the key is neither
+
+    >>> import pyro.distributions as dist
+    >>> @register_geometry(dist.Logistic)
+    ... def logistic(fn):
+    ...     return Real(fn.event_shape)
+    >>> geometry_of(dist.Logistic(0.0, 1.0).expand([3]).to_event(1))
+    Real(event_shape=(3,))
+    """
+    if factory is None:
+        return lambda function: register_geometry(key, function)
+    if isinstance(key, constraints.Constraint):
+        key = type(key)
+    if isinstance(key, type) and issubclass(key, constraints.Constraint):
+        _BY_SUPPORT[key] = factory
+    elif isinstance(key, type) and issubclass(key, torch.distributions.Distribution):
+        _BY_TYPE[key] = factory
+    else:
+        raise TypeError(
+            f"register_geometry got {key!r}: expected a distribution class such as pyro.distributions.Gamma, or a "
+            "constraint such as pyro.distributions.constraints.positive"
+        )
+    return factory
+
+
+def geometry_of(fn: Any, site: str | None = None) -> Geometry:
+    """The geometry of a site's distribution.
+
+    :param fn: a Pyro distribution
+    :param site: its name, for the error
+    :raises ValueError: where neither the type nor the support is known; the message shows what to register
+    """
+    for cls in type(_core(fn)).__mro__:
+        if cls in _BY_TYPE:
+            return _BY_TYPE[cls](fn)
+    constraint = base_support(fn)
+    for cls in type(constraint).__mro__:
+        if cls in _BY_SUPPORT:
+            return _BY_SUPPORT[cls](fn)
+    raise ValueError(_unknown(fn, constraint, site))
+
+
+def base_support(fn: Any) -> Any:
+    """The constraint under ``constraints.independent``."""
+    constraint = fn.support
+    while isinstance(constraint, constraints.independent):
+        constraint = constraint.base_constraint
+    return constraint
+
+
+def _core(fn: Any) -> Any:
+    """The distribution under Independent, Masked and Expanded, whose type says what it is."""
+    wrappers = (torch.distributions.Independent, dist.MaskedDistribution, dist.torch_distribution.ExpandedDistribution)
+    while isinstance(fn, wrappers):
+        fn = fn.base_dist
+    return fn
+
+
+def _unknown(fn: Any, constraint: Any, site: str | None) -> str:
+    core = type(_core(fn)).__name__
+    where = f"latent site {site!r}: " if site is not None else ""
+    return (
+        f"{where}{core} with event shape {tuple(fn.event_shape)} has the support {constraint}, for which there is no "
+        f"geometry. Teach it one:\n\n"
+        f"    class Mine(pyro_sinkhorn.geometry.Geometry):\n"
+        f"        def head(self, raw): ...      # (..., num_raw) -> (..., *event_shape), a value in the support\n"
+        f"        def embed(self, value): ...   # (..., *event_shape) -> (..., e), compared by squared distance\n\n"
+        f"    pyro_sinkhorn.register_geometry(pyro.distributions.{core}, lambda fn: Mine(fn.event_shape))"
+    )
+
+
+def _heavy_tailed(fn: Any) -> Geometry:
+    return Real(fn.event_shape, heavy_tailed=True)
+
+
+for _type in (dist.Cauchy, dist.StudentT, dist.MultivariateStudentT, dist.Stable):
+    register_geometry(_type, _heavy_tailed)
+register_geometry(dist.VonMises, lambda fn: Circle(fn.event_shape))
+
+register_geometry(constraints.real, lambda fn: Real(fn.event_shape))
+register_geometry(constraints.positive, lambda fn: HalfLine(fn.event_shape, base_support(fn).lower_bound))
+register_geometry(constraints.greater_than, lambda fn: HalfLine(fn.event_shape, base_support(fn).lower_bound))
+register_geometry(constraints.greater_than_eq, lambda fn: HalfLine(fn.event_shape, base_support(fn).lower_bound))
+register_geometry(constraints.less_than, lambda fn: HalfLine(fn.event_shape, base_support(fn).upper_bound, sign=-1))
+for _bounded in (constraints.interval, constraints.half_open_interval):
+    register_geometry(
+        _bounded,
+        lambda fn: Interval(fn.event_shape, base_support(fn).lower_bound, base_support(fn).upper_bound),
+    )
+register_geometry(constraints.simplex, lambda fn: Simplex(fn.event_shape))
+register_geometry(constraints.sphere, lambda fn: Sphere(fn.event_shape))

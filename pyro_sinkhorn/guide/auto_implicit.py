@@ -1,0 +1,309 @@
+"""The automatic guide without a density."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.nn import PyroModule
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor, nn
+
+from pyro_sinkhorn.distributions.implicit import Implicit
+from pyro_sinkhorn.errors import ProgramError
+from pyro_sinkhorn.geometry.registry import geometry_of
+from pyro_sinkhorn.guide.encoder import DefaultEncoder, NoiseHead
+from pyro_sinkhorn.guide.global_guide import GLOBAL_GUIDES
+from pyro_sinkhorn.guide.layout import features_of, plate_shape, place_extra_plates
+from pyro_sinkhorn.guide.observed import Observed, find_observed, read_observed
+from pyro_sinkhorn.guide.start import moments, stands_alone, start
+from pyro_sinkhorn.runs import run_model, subsamples
+from pyro_sinkhorn.structure import Group, Plate, Structure, plates_of, structure_of
+
+EncoderInput = Callable[..., Tensor]
+
+
+class AutoImplicit(PyroModule):
+    r"""Guide made of networks that turn observed values and noise into latents; it has no density.
+
+    For every group of local latents (those that share their data plates) one network reads the observed values of a
+    slice and standard normal noise and returns all latents of the group, jointly:
+
+    .. math:: z_i = \mathrm{head}\bigl(h_\phi(x_i, \xi_i)\bigr), \qquad \xi_i \sim N(0, I),
+
+    where ``head`` is that of the support (softmax for a simplex, normalisation for a sphere, ...). Global latents get a
+    normal guide in unconstrained space, or a point. Networks are made at the first call, from the shapes seen then;
+    plate sizes and sub-samples are read again at every call.
+
+    :param model: any Pyro program with an observed site in a plate
+    :param encoder: an ``nn.Module`` from the encoder's input to codes ``(..., width)``, one for each slice of the data
+        plate; by default a perceptron on robustly standardised values. A module given here is trained and sees the
+        values as they are
+    :param encoder_input: function of the model's arguments that returns what the encoder reads; by default the values
+        of the observed sites (a dict of them if there are several and an ``encoder`` is given)
+    :param noise_dim: noise variables of each slice; default as many as the group has raw outputs. 0 makes the guide
+        deterministic
+    :param hidden: width of the network that mixes code and noise
+    :param global_guide: ``"normal"`` or ``"delta"``
+    :raises ProgramError: at the first call, for a model that the guide cannot serve, naming the site
+
+    ``AutoImplicit`` learned by ``Trace_Sinkhorn`` is an encoder, not a posterior.
+
+    >>> import pyro.distributions as dist
+    >>> def model(x):
+    ...     with pyro.plate("data", len(x)):
+    ...         z = pyro.sample("z", dist.Dirichlet(torch.ones(3)))
+    ...         pyro.sample("x", dist.Normal(z, 0.1).to_event(1), obs=x)
+    >>> guide = AutoImplicit(model)
+    >>> guide(torch.rand(5, 3))["z"].sum(-1)
+    tensor([1., 1., 1., 1., 1.], grad_fn=<SumBackward1>)
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        encoder: nn.Module | None = None,
+        *,
+        encoder_input: EncoderInput | None = None,
+        noise_dim: int | None = None,
+        hidden: int = 128,
+        global_guide: Literal["normal", "delta"] = "normal",
+    ) -> None:
+        super().__init__(name=type(self).__name__)
+        if encoder is not None and not isinstance(encoder, nn.Module):
+            raise ProgramError(
+                f"encoder is a {type(encoder).__name__}: expected an nn.Module, whose parameters the guide can train"
+            )
+        if global_guide not in GLOBAL_GUIDES:
+            raise ProgramError(f"global_guide is {global_guide!r}: expected one of {sorted(GLOBAL_GUIDES)}")
+        # In a tuple, so that a model that is a module does not become a part of its guide.
+        self._model = (model,)
+        self.encoder = encoder
+        self._encoder_input = encoder_input
+        self._noise_dim = noise_dim
+        self._hidden = hidden
+        self._global_kind = global_guide
+        self.heads = nn.ModuleList()
+        self.encoders = nn.ModuleList()
+        self.global_guides = nn.ModuleList()
+        self._structure: Structure | None = None
+        self._observed: list[Observed] = []
+        #: Values of the observed sites that the last call read, for the loss to check against the model's.
+        self.last_inputs: dict[str, Tensor] = {}
+
+    @property
+    def model(self) -> Callable[..., Any]:
+        """The program that this guide is for."""
+        return self._model[0]
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Sample every latent; returns them by name."""
+        if self._structure is None:
+            self._set_up(args, kwargs)
+        structure = self._structure
+        assert structure is not None
+        prior = run_model(self.model, args, kwargs, stop_after=structure.latents, grad=True)
+        indices = subsamples(prior)
+        inputs = read_observed(self._observed, args, kwargs, indices, lambda: self._run_observed(args, kwargs, indices))
+        self.last_inputs = inputs
+        plates = {plate.name: plate for name in structure.latents for plate in plates_of(prior.nodes[name])}
+        contexts = {
+            plate.name: pyro.plate(
+                plate.name, plate.full_size, subsample=indices.get(plate.name), dim=plate.dim
+            )
+            for plate in plates.values()
+        }
+
+        values: dict[str, Tensor] = {}
+        for name, guide in zip(structure.globals, self.global_guides, strict=True):
+            site = prior.nodes[name]
+            with _entered(contexts, [plate.name for plate in plates_of(site)]):
+                values[name] = guide(site["fn"])
+        if values and structure.groups:
+            # Again, now below the globals of this call: locals are produced relative to their prior.
+            prior = run_model(self.model, args, kwargs, values=values | indices, stop_after=structure.latents, grad=True)
+        coarse_code: list[tuple[tuple[Plate, ...], Tensor]] = []
+        for i, group in enumerate(structure.groups):
+            current = tuple(plates[plate.name] for plate in group.plates)
+            code = self._encode(i, group, current, inputs, coarse_code, args, kwargs)
+            coarse_code.append((current, code))
+            values |= self._sample_group(i, group, current, code, prior, contexts)
+        return values
+
+    def _encode(
+        self,
+        i: int,
+        group: Group,
+        plates: tuple[Plate, ...],
+        inputs: dict[str, Tensor],
+        coarse: list[tuple[tuple[Plate, ...], Tensor]],
+        args: Any,
+        kwargs: Any,
+    ) -> Tensor:
+        """Code of every slice of a group, laid out like the plates: ``(*plate_shape, width)``."""
+        if self.encoder is not None:
+            return self._encode_by_user(group, plates, inputs, args, kwargs)
+        if self._encoder_input is not None:
+            features = self._encoder_input(*args, **kwargs)
+            features = features.reshape(features.shape[0], -1) if len(plates) == 1 else features
+            features = features.reshape(*plate_shape(plates), -1)
+        else:
+            features = features_of(self._observed, inputs, plates)
+        # A nested group sees what the groups around it saw: the document of the word.
+        around = [c for outer, c in coarse if {p.name for p in outer} < {p.name for p in plates}]
+        encoder = self.encoders[i]
+        features = features.to(encoder.standardise.loc)
+        if features.shape[-1] != encoder.standardise.loc.shape[0]:
+            raise ProgramError(
+                f"latent group ({group.name}): the encoder was made for {encoder.standardise.loc.shape[0]} observed "
+                f"numbers a slice and now gets {features.shape[-1]} (sites {[o.name for o in self._observed]}): the "
+                "shape of a datum must stay the same between calls"
+            )
+        code = encoder(features)
+        if around:
+            shape = torch.broadcast_shapes(code.shape[:-1], *[c.shape[:-1] for c in around])
+            code = torch.cat([c.expand(*shape, c.shape[-1]) for c in (code, *around)], -1)
+        return code
+
+    def _encode_by_user(
+        self, group: Group, plates: tuple[Plate, ...], inputs: dict[str, Tensor], args: Any, kwargs: Any
+    ) -> Tensor:
+        read: Any = inputs if len(inputs) > 1 else next(iter(inputs.values()))
+        if self._encoder_input is not None:
+            read = self._encoder_input(*args, **kwargs)
+        assert self.encoder is not None
+        _check_device(self.encoder, read)
+        code = self.encoder(read)
+        sizes = tuple(plate.size for plate in plates)
+        if not isinstance(code, Tensor) or code.dim() < 2 or math.prod(code.shape[:-1]) != math.prod(sizes):
+            got = tuple(code.shape) if isinstance(code, Tensor) else type(code).__name__
+            raise ProgramError(
+                f"latent group ({group.name}): the encoder returned {got}; expected a tensor of codes of shape "
+                f"({', '.join(map(str, sizes))}, width), one code for each slice of the plates "
+                f"{[plate.name for plate in plates]}. Heads and noise are added by AutoImplicit"
+            )
+        return code.reshape(*plate_shape(plates), -1)
+
+    def _sample_group(
+        self, i: int, group: Group, plates: tuple[Plate, ...], code: Tensor, prior: Trace, contexts: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        head, noise_dim = self.heads[i], self._noise_dims[i]
+        names = {plate.name for plate in plates}
+        values = {}
+        with _entered(contexts, [plate.name for plate in plates]):
+            noise = None
+            if noise_dim:
+                unit = dist.Normal(code.new_zeros(()), code.new_ones(())).expand([noise_dim]).to_event(1)
+                # A sample site, so that plates and vectorised particles each get their own.
+                noise = pyro.sample(f"{self._pyro_name}_noise_{i}", unit, infer={"is_auxiliary": True})
+                shape = torch.broadcast_shapes(noise.shape[:-1], code.shape[:-1])
+                code, noise = code.expand(*shape, -1), noise.expand(*shape, -1)
+            raw = head(code, noise)
+            column = 0
+            for name in group.sites:
+                fn, stack = prior.nodes[name]["fn"], plates_of(prior.nodes[name])
+                extra = [plate for plate in stack if plate.name not in names]
+                geometry = geometry_of(fn, name)
+                n_raw = geometry.num_raw * math.prod(plate.size for plate in extra)
+                part = place_extra_plates(raw[..., column : column + n_raw], extra)
+                column += n_raw
+                if name in self._relative:
+                    found = moments(fn, geometry)
+                    assert found is not None
+                    part = found[0] + found[1] * part
+                value = geometry.head(part.to(prior.nodes[name]["value"].dtype))
+                with _entered(contexts, [plate.name for plate in extra]):
+                    implicit = Implicit(value, event_dim=len(geometry.event_shape), support=fn.support)
+                    values[name] = pyro.sample(name, implicit)
+        return values
+
+    def _run_observed(self, args: Any, kwargs: Any, indices: dict[str, Tensor]) -> Trace:
+        names = [observed.name for observed in self._observed]
+        return run_model(self.model, args, kwargs, values=indices, stop_after=names)
+
+    # Set-up, once, at the first call.
+
+    @torch.no_grad()
+    def _set_up(self, args: Any, kwargs: Any) -> None:
+        whole = run_model(self.model, args, kwargs)
+        structure = structure_of(whole)
+        if not structure.latents:
+            raise ProgramError("the model has no latent site to guide: all its sample sites are observed")
+        indices = subsamples(whole)
+        self._observed = find_observed(whole, structure, args, kwargs, indices)
+        self._noise_dims: list[int] = []
+        draws = [run_model(self.model, args, kwargs, stop_after=structure.latents) for _ in range(15)]
+        for name in structure.globals:
+            stacked = torch.stack([draw.nodes[name]["value"] for draw in draws])
+            self.global_guides.append(GLOBAL_GUIDES[self._global_kind](name, whole.nodes[name], stacked))
+        shared = {name: draws[0].nodes[name]["value"] for name in structure.globals} | subsamples(draws[0])
+        again = run_model(self.model, args, kwargs, values=shared, stop_after=structure.latents)
+        self._relative = {
+            name
+            for name in structure.locals
+            if stands_alone(draws[0], again, name)
+            and moments(again.nodes[name]["fn"], geometry_of(again.nodes[name]["fn"], name)) is not None
+        }
+        inputs = {name: whole.nodes[name]["value"] for name in structure.data}
+        coarse: list[tuple[tuple[Plate, ...], Tensor]] = []
+        for i, group in enumerate(structure.groups):
+            self._make_networks(i, group, structure, inputs, draws, coarse, args, kwargs)
+        self._structure = structure
+        self.train(self.training)
+
+    def _make_networks(
+        self, i: int, group: Group, structure: Structure, inputs: Any, draws: list[Trace], coarse: Any, args: Any, kwargs: Any
+    ) -> None:
+        value = draws[0].nodes[group.sites[0]]["value"]
+        factory = {"device": value.device, "dtype": value.dtype if value.is_floating_point() else None}
+        if self.encoder is None:
+            if self._encoder_input is not None:
+                features = self._encoder_input(*args, **kwargs).reshape(*plate_shape(group.plates), -1)
+            else:
+                features = features_of(self._observed, inputs, group.plates)
+            encoder = DefaultEncoder(features.shape[-1]).to(**factory)
+            _check_device(encoder, features)
+            encoder.standardise.fit(features.flatten(0, -2))
+            self.encoders.append(encoder)
+        self._structure = structure
+        code = self._encode(i, group, group.plates, inputs, coarse, args, kwargs)
+        coarse.append((group.plates, code))
+        names = {plate.name for plate in group.plates}
+        locs, scales = [], []
+        for name in group.sites:
+            site = draws[0].nodes[name]
+            copies = math.prod(plate.size for plate in plates_of(site) if plate.name not in names)
+            loc, scale = start(name, draws)
+            if name in self._relative:
+                loc, scale = torch.zeros_like(loc), torch.ones_like(scale)
+            locs.append(loc.to(code).repeat(copies))
+            scales.append(scale.to(code).repeat(copies))
+        num_raw = sum(len(loc) for loc in locs)
+        noise_dim = num_raw if self._noise_dim is None else self._noise_dim
+        head = NoiseHead(code.shape[-1], noise_dim, num_raw, self._hidden).to(**factory)
+        head.loc.copy_(torch.cat(locs))
+        head.scale.copy_(torch.cat(scales))
+        self.heads.append(head)
+        self._noise_dims.append(noise_dim)
+
+
+def _check_device(module: nn.Module, read: Any) -> None:
+    parameter = next(module.parameters(), None)
+    if isinstance(read, Tensor) and parameter is not None and read.device != parameter.device:
+        raise ProgramError(
+            f"the encoder's parameters are on {parameter.device} and the observed values, of shape {tuple(read.shape)}, "
+            f"on {read.device}: move one of them, for example with x.to({str(parameter.device)!r})"
+        )
+
+
+@contextmanager
+def _entered(contexts: dict[str, Any], names: list[str]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for name in names:
+            stack.enter_context(contexts[name])
+        yield

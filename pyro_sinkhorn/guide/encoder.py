@@ -1,0 +1,87 @@
+"""Networks of the implicit guide: standardise, encode, mix with noise."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Standardise(nn.Module):
+    r"""Robust standardisation, :math:`\operatorname{asinh}((x - m)/s)`, fitted once and stored with the weights.
+
+    ``m`` is the median and ``s`` the mean absolute deviation from it, feature by feature. Simulated data can be
+    wildly scaled (a half-Cauchy scale spans decades): asinh is linear in the bulk and logarithmic in the tails. A
+    feature that hardly varies in the first batch, such as a border pixel, gets a floor of a quarter of the average
+    deviation, so that its first appearance is not an explosion.
+    """
+
+    loc: Tensor
+    scale: Tensor
+
+    def __init__(self, n_features: int) -> None:
+        super().__init__()
+        self.register_buffer("loc", torch.zeros(n_features))
+        self.register_buffer("scale", torch.ones(n_features))
+
+    @torch.no_grad()
+    def fit(self, x: Tensor) -> None:
+        """Estimate from rows ``(n, n_features)``; infinite or missing entries are left out."""
+        x = x.detach().to(self.loc.dtype)
+        x = torch.where(x.isfinite(), x, x.new_full((), torch.nan))
+        loc = x.nanmedian(0).values.nan_to_num()
+        deviation = (x - loc).abs().nanmean(0).nan_to_num()
+        average = deviation.mean()
+        scale = deviation.clamp_min(float(0.25 * average)) if average > 0 else torch.ones_like(deviation)
+        self.loc.copy_(loc)
+        self.scale.copy_(scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., n_features)`` to the same shape."""
+        return ((x.to(self.loc.dtype) - self.loc) / self.scale).asinh()
+
+
+class DefaultEncoder(nn.Module):
+    """Standardised features through a multi-layer perceptron: ``(..., n_features)`` to ``(..., width)``.
+
+    The width follows the data (between 64 and 512), so that the default is neither a toy on images nor a monster on
+    a two-dimensional simulator.
+    """
+
+    def __init__(self, n_features: int, width: int | None = None) -> None:
+        super().__init__()
+        width = width or int(min(512, max(64, 2 ** (2 * n_features - 1).bit_length())))
+        self.standardise = Standardise(n_features)
+        self.layers = nn.Sequential(
+            nn.Linear(n_features, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.LayerNorm(width)
+        )
+        self.width = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features to code."""
+        return self.layers(self.standardise(x))
+
+
+class NoiseHead(nn.Module):
+    r"""Code and noise to the raw outputs of all latents of a group, jointly.
+
+    A perceptron of both plus a linear map of each: with the perceptron near zero at first, the outputs start as a
+    random projection of the noise around the code, with about unit variance, and then in the prior's own scale:
+    ``loc + scale * (...)`` where loc and scale are those of the prior in raw space.
+    """
+
+    loc: Tensor
+    scale: Tensor
+
+    def __init__(self, width: int, noise_dim: int, num_raw: int, hidden: int = 128) -> None:
+        super().__init__()
+        self.mixed = nn.Sequential(
+            nn.Linear(width + noise_dim, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, num_raw)
+        )
+        self.direct = nn.Linear(width + noise_dim, num_raw)
+        self.register_buffer("loc", torch.zeros(num_raw))
+        self.register_buffer("scale", torch.ones(num_raw))
+
+    def forward(self, code: Tensor, noise: Tensor | None) -> Tensor:
+        """``(..., width)`` and ``(..., noise_dim)`` to ``(..., num_raw)``."""
+        joined = code if noise is None else torch.cat([code, noise], -1)
+        return self.loc + self.scale * (self.direct(joined) + self.mixed(joined))

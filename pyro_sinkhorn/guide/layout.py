@@ -1,0 +1,64 @@
+"""Tensor layouts of plates: which dimension is whose."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyro_sinkhorn.errors import ProgramError
+from pyro_sinkhorn.guide.observed import Observed
+from pyro_sinkhorn.structure import Plate
+
+
+def plate_shape(plates: tuple[Plate, ...]) -> tuple[int, ...]:
+    """Batch shape with every plate at its own dimension and 1 elsewhere."""
+    shape = [1] * max(-plate.dim for plate in plates)
+    for plate in plates:
+        shape[plate.dim] = plate.size
+    return tuple(shape)
+
+
+def features_of(observed: list[Observed], values: dict[str, Tensor], plates: tuple[Plate, ...]) -> Tensor:
+    """Numbers that an encoder of these plates reads, ``(*plate_shape, n_features)``.
+
+    An observed site in more plates than these is flattened along the others (all words of a document); one in
+    fewer is repeated.
+    """
+    shape = plate_shape(plates)
+    keep = {plate.dim for plate in plates}
+    columns = []
+    for site in observed:
+        value = values[site.name]
+        if not value.is_floating_point():
+            value = value.to(torch.get_default_dtype())
+        batch = value.shape[: value.dim() - site.event_dim]
+        depth = max(len(shape), len(batch))
+        value = value.reshape(*[1] * (depth - len(batch)), *batch, -1)
+        # Plate dimensions that are not ours follow the kept ones and end among the features.
+        kept = [depth + dim for dim in range(-len(shape), 0)]
+        moved = [axis for axis in range(depth) if axis not in kept or (axis - depth) not in keep]
+        laid_out = value
+        for axis in moved:
+            if laid_out.shape[axis] != 1:
+                laid_out = torch.cat(laid_out.split(1, axis), -1)
+        laid_out = laid_out.reshape(*laid_out.shape[depth - len(shape) : depth], -1)
+        for plate in plates:
+            if laid_out.shape[plate.dim - 1] not in (1, plate.size):
+                raise ProgramError(
+                    f"observed site {site.name!r} has shape {tuple(values[site.name].shape)}, of which plate "
+                    f"{plate.name!r} holds {laid_out.shape[plate.dim - 1]} slices, not its {plate.size}"
+                )
+        columns.append(laid_out.expand(*shape, laid_out.shape[-1]))
+    return torch.cat(columns, -1)
+
+
+def place_extra_plates(raw: Tensor, extra: list[Plate]) -> Tensor:
+    """Unfold outputs for plates inside the datum: ``(*batch, k * num_raw)`` to ``(*batch with the plates, num_raw)``."""
+    if not extra:
+        return raw
+    sizes = [plate.size for plate in extra]
+    depth = max(raw.dim() - 1, *(-plate.dim for plate in extra))
+    raw = raw.reshape(*[1] * (depth - raw.dim() + 1), *raw.shape[:-1], *sizes, -1)
+    for i, plate in enumerate(extra):
+        raw = raw.transpose(depth + plate.dim, depth + i)
+    return raw.reshape(*raw.shape[:depth], raw.shape[-1])

@@ -1,0 +1,162 @@
+r"""From traces to point clouds.
+
+A trace holds a value per site, of shape *(particles, plates, event)*; transport wants points. For one group this
+module embeds every site (:mod:`pyro_sinkhorn.geometry`), brings it to the prior's unit, concatenates the sites, and
+lays the slices of the data plates out as rows: a :class:`Cloud` of shape ``(particles, n, e)``.
+
+Two kinds of columns are appended. A nested group carries the latents of the groups around it. Where the prior varies
+along the plate (covariates, observed parents), its parameters are appended, so that slices with unlike priors are
+not pooled.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from pyro_sinkhorn.errors import NonFiniteError, ProgramError
+from pyro_sinkhorn.geometry.registry import geometry_of
+from pyro_sinkhorn.structure import PARTICLE_PLATE, Group, Plate, Site, parameters_of
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """Points of one group: the hand-over between *clouds*, *gather* and *match*.
+
+    points:  ``(particles, n, e)``, in the prior's unit
+    units:   ``(n,)``, equal for slices of one datum, which are never separated; None when every point is a unit
+    weights: ``(n,)``, relative; None when all are equal
+    """
+
+    points: Tensor
+    units: Tensor | None = None
+    weights: Tensor | None = None
+
+
+def slices(trace: Trace, group: Group) -> tuple[Tensor, float]:
+    """Weight of each slice of the group (mask times scale), ``(n,)``, and the number of data they stand for."""
+    n = math.prod(plate.size for plate in group.plates)
+    total: Tensor | None = None
+    for name in group.sites:
+        site = trace.nodes[name]
+        weight = torch.ones((), device=site["value"].device)
+        if isinstance(site["scale"], Tensor) or site["scale"] != 1:
+            weight = weight * torch.as_tensor(site["scale"], device=weight.device)
+        for mask in _masks(site):
+            weight = weight * mask
+        weight = _slice_weights(weight, site, group)
+        # A group is matched as one: a slice counts as far as all its sites do.
+        total = weight if total is None else torch.minimum(total, weight)
+    assert total is not None
+    total = total.expand(n)
+    return total, float(total.sum())
+
+
+def embedded(trace: Trace, name: str, plates: tuple[Plate, ...]) -> Tensor:
+    """Rows ``(particles, n, columns)`` of one site, embedded, in the geometry's own unit.
+
+    :param plates: plates whose slices become rows; a site outside some of them is repeated along those
+
+    :raises NonFiniteError: a value is NaN or infinite
+    """
+    site = trace.nodes[name]
+    geometry = geometry_of(site["fn"], name)
+    value = site["value"]
+    if not bool(value.isfinite().all()):
+        bad = int((~value.isfinite()).sum())
+        raise NonFiniteError(
+            f"latent site {name!r}: {bad} of {value.numel()} values of shape {tuple(value.shape)} are NaN or infinite"
+        )
+    return rows(geometry.embed(value), _particles(site), plates)
+
+
+def rows(columns: Tensor, n_particles: int, plates: tuple[Plate, ...]) -> Tensor:
+    """Lay ``(batch..., e)`` out as ``(particles, n, e')``: plates of the group become rows, others columns."""
+    depth = max(-plate.dim for plate in plates)
+    batch = columns.shape[:-1]
+    # Everything left of the group's plates is either the particle plate, outermost, or a plate the group lacks.
+    batch = (1,) * max(depth - len(batch), 0) + tuple(batch)
+    columns = columns.reshape(*batch, columns.shape[-1])
+    axes = [len(batch) + plate.dim for plate in plates]
+    for plate, axis in zip(plates, axes, strict=True):
+        if batch[axis] not in (1, plate.size):
+            raise ProgramError(f"plate {plate.name!r} has {plate.size} slices but a value has {batch[axis]} there")
+    particle_axis = [0] if n_particles > 1 and batch[0] == n_particles and 0 not in axes else []
+    others = [axis for axis in range(len(batch)) if axis not in axes and axis not in particle_axis]
+    shape = list(columns.shape)
+    for plate, axis in zip(plates, axes, strict=True):
+        shape[axis] = plate.size
+    columns = columns.expand(shape).permute(*particle_axis, *axes, *others, len(batch))
+    lead = n_particles if particle_axis else 1
+    return columns.reshape(lead, math.prod(plate.size for plate in plates), -1)
+
+
+def varying_parameters(constant: Trace, group: Group) -> Tensor | None:
+    """Prior parameters that differ between slices although all latents agree, as rows ``(particles, n, p)``.
+
+    :param constant: a run of the model whose local latents have the same value in every slice: what still differs
+        along the plates comes from covariates or observed parents
+    """
+    found = []
+    for name in group.sites:
+        site = constant.nodes[name]
+        event_dim = len(site["fn"].event_shape)
+        for parameter, own_dims in parameters_of(site["fn"]):
+            dims = max(event_dim, own_dims) if own_dims else event_dim
+            batch = parameter.shape[: parameter.dim() - dims]
+            if all(-plate.dim > len(batch) or batch[plate.dim] == 1 for plate in group.plates):
+                continue
+            columns = parameter.detach().reshape(*batch, -1)
+            laid_out = rows(columns, _particles(site), group.plates)
+            spread = laid_out - laid_out[:, :1]
+            if bool((spread.abs() > 1e-6 * (1 + laid_out.abs())).any()):
+                found.append(laid_out)
+    if not found:
+        return None
+    particles = max(rows_.shape[0] for rows_ in found)
+    return torch.cat([rows_.expand(particles, -1, -1) for rows_ in found], -1)
+
+
+def make_cloud(points: Tensor, weights: Tensor, group: Group) -> Cloud:
+    """Drop rows of weight zero, name the unit of each row, and keep weights only where they differ."""
+    units: Tensor | None = None
+    if len(group.plates) > 1:
+        # The outermost plate's slice: words of one document are not independent of each other.
+        inner = math.prod(plate.size for plate in group.plates[1:])
+        units = torch.arange(group.plates[0].size, device=points.device).repeat_interleave(inner)
+    keep = weights > 0
+    if not bool(keep.all()):
+        points, weights = points[:, keep], weights[keep]
+        units = None if units is None else units[keep]
+    equal = bool((weights == weights[0]).all())
+    return Cloud(points, units, None if equal else weights.to(points.dtype))
+
+
+def _particles(site: Site) -> int:
+    return next((frame.size for frame in site["cond_indep_stack"] if frame.name == PARTICLE_PLATE), 1)
+
+
+def _masks(site: Site) -> Iterator[Tensor]:
+    """Masks of handlers and of ``fn.mask``."""
+    if site["mask"] is not None:
+        yield torch.as_tensor(site["mask"], device=site["value"].device).to(torch.get_default_dtype())
+    fn = site["fn"]
+    while hasattr(fn, "base_dist"):
+        if hasattr(fn, "_mask"):
+            yield torch.as_tensor(fn._mask, device=site["value"].device).to(torch.get_default_dtype())
+        fn = fn.base_dist
+
+
+def _slice_weights(weight: Tensor, site: Site, group: Group) -> Tensor:
+    """``(n,)`` from a scale or mask that broadcasts with the batch of its site."""
+    if weight.dim() == 0:
+        return weight.expand(math.prod(plate.size for plate in group.plates))
+    laid_out = rows(weight.unsqueeze(-1), _particles(site), group.plates)
+    # Particles share a mask; a mask along a plate inside the datum leaves the datum in as long as anything is.
+    return laid_out.amax((0, -1))

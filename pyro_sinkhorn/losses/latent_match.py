@@ -1,0 +1,171 @@
+"""The match of every latent group of a program: prior runs, clouds, gather, match."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from pyro_sinkhorn.geometry.registry import geometry_of
+from pyro_sinkhorn.losses.clouds import Cloud, embedded, make_cloud, slices, varying_parameters
+from pyro_sinkhorn.losses.matching import MatchOptions, MatchState, gather, match, mean_cost
+from pyro_sinkhorn.losses.prior import constant_trace, prior_trace, reference_rows, warn_if_gradient_lost
+from pyro_sinkhorn.structure import Group, Structure
+
+Grouping = Literal["joint", "marginal"]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a model that the match is computed for: its traced run and how to run it again."""
+
+    model: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    structure: Structure
+    scored: Trace
+
+    def prior(self) -> Trace:
+        """A fresh prior run, conditional on the globals and sub-samples of the scored one."""
+        return prior_trace(self.model, self.args, self.kwargs, self.structure, self.scored)
+
+    def constant(self, prior: Trace) -> Trace:
+        """A run whose latents agree in all slices."""
+        return constant_trace(self.model, self.args, self.kwargs, self.structure, self.scored, prior)
+
+
+@dataclass(frozen=True)
+class GroupMatch:
+    """The normalised divergence of one group, averaged over particles and prior clouds, and the data it stands for."""
+
+    name: str
+    value: Tensor
+    n_data: float
+
+
+class LatentMatch:
+    """Match of all groups of a program; owns what is estimated once from its prior.
+
+    :param options: how clouds are compared
+    :param grouping: ``"joint"`` or ``"marginal"``
+    :param num_prior_batches: independent prior clouds a call
+    """
+
+    def __init__(self, options: MatchOptions, grouping: Grouping = "joint", num_prior_batches: int = 1) -> None:
+        self.options = options
+        self.grouping = grouping
+        self.num_prior_batches = num_prior_batches
+        self.state = MatchState()
+        self._warned: set[str] = set()
+        self._varies: dict[str, bool] = {}
+
+    def fresh(self) -> LatentMatch:
+        """One with the same options that has seen no prior."""
+        return LatentMatch(self.options, self.grouping, self.num_prior_batches)
+
+    def __call__(self, call: Call) -> list[GroupMatch]:
+        """Compare the scored trace with fresh prior clouds."""
+        if not call.structure.groups:
+            return []
+        priors = [call.prior() for _ in range(self.num_prior_batches)]
+        warn_if_gradient_lost(priors[0], call.structure, self._warned)
+        return self._compare(call, call.scored, priors)
+
+    def floor(self, call: Call) -> list[GroupMatch]:
+        """The same statistic between independent prior clouds: its spread is the noise of the match."""
+        if not call.structure.groups:
+            return []
+        return self._compare(call, call.prior(), [call.prior()])
+
+    def _compare(self, call: Call, left: Trace, priors: list[Trace]) -> list[GroupMatch]:
+        constant: Trace | None = None
+        groups = list(self._groups(call.structure))
+        if any(self._varies.get(group.name, True) for group, _ in groups):
+            constant = call.constant(priors[0])
+        return [self._compare_group(call, left, priors, constant, group, carried) for group, carried in groups]
+
+    def _compare_group(
+        self, call: Call, left: Trace, priors: list[Trace], constant: Trace | None, group: Group, carried: tuple[str, ...]
+    ) -> GroupMatch:
+        weights, n_data = slices(call.scored, group)
+        if n_data == 0:
+            return GroupMatch(group.name, torch.zeros(()), 0.0)
+        if group.name not in self.state.mean_costs or any(n not in self.state.units for n in (*carried, *group.sites)):
+            self._estimate(call, priors[0], group, carried)
+        features = self._features(constant, group, carried)
+
+        def cloud(trace: Trace) -> Cloud:
+            points = self._coordinates(trace, group, carried)
+            if features is not None:
+                points = torch.cat([points, features.expand(points.shape[0], -1, -1)], -1)
+            return gather(make_cloud(points, weights, group))
+
+        x = cloud(left)
+        mean = self.state.mean_costs[group.name].to(x.points)
+        values = [
+            match(
+                x,
+                cloud(prior),
+                mean,
+                self.options,
+                group=group.name,
+                paired=features is not None or x.weights is not None,
+                warned=self._warned,
+            ).mean()
+            for prior in priors
+        ]
+        return GroupMatch(group.name, torch.stack(values).mean(), n_data)
+
+    def _groups(self, structure: Structure) -> Iterator[tuple[Group, tuple[str, ...]]]:
+        """Groups to match, each with the latents of the groups around it, which it carries along."""
+        for group in structure.groups:
+            if self.grouping == "marginal":
+                for name in group.sites:
+                    yield Group((name,), group.plates), ()
+                continue
+            names = {plate.name for plate in group.plates}
+            carried = tuple(
+                name
+                for other in structure.groups
+                if {plate.name for plate in other.plates} < names
+                for name in other.sites
+            )
+            yield group, carried
+
+    def _coordinates(self, trace: Trace, group: Group, carried: tuple[str, ...]) -> Tensor:
+        """Rows ``(particles, n, e)`` of a group: every site embedded, in the prior's unit."""
+        columns = []
+        for name in (*carried, *group.sites):
+            rows = embedded(trace, name, group.plates)
+            geometry = geometry_of(trace.nodes[name]["fn"], name)
+            columns.append(geometry.finish(rows / self.state.units[name].to(rows)))
+        particles = max(rows.shape[0] for rows in columns)
+        return torch.cat([rows.expand(particles, -1, -1) for rows in columns], -1)
+
+    def _features(self, constant: Trace | None, group: Group, carried: tuple[str, ...]) -> Tensor | None:
+        """Columns that tell slices with unlike priors apart, together as far apart as the latents are."""
+        if constant is None:
+            return None
+        features = varying_parameters(constant, group)
+        self._varies[group.name] = features is not None
+        if features is None:
+            return None
+        key = f"features of {group.name}"
+        if key not in self.state.units:
+            spread = 2 * features.flatten(0, 1).var(0, correction=0).sum()
+            self.state.units[key] = (spread / self.state.mean_costs[group.name].to(spread)).sqrt()
+        return features / self.state.units[key].to(features)
+
+    @torch.no_grad()
+    def _estimate(self, call: Call, first: Trace, group: Group, carried: tuple[str, ...]) -> None:
+        """Units of the sites and mean cost of the group, from at least 512 prior points."""
+        for name in (*carried, *group.sites):
+            if name not in self.state.units:
+                pooled = reference_rows(call.prior, first, lambda trace, n=name: embedded(trace, n, group.plates))
+                self.state.units[name] = geometry_of(first.nodes[name]["fn"], name).unit(pooled)
+        pooled = reference_rows(call.prior, first, lambda trace: self._coordinates(trace, group, carried))
+        self.state.mean_costs[group.name] = mean_cost(self.options.cost, pooled)

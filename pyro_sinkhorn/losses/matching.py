@@ -1,0 +1,131 @@
+r"""Matching: how far the cloud a guide makes is from the cloud its prior makes.
+
+Three steps, so that several processes can later share the middle one: *clouds* (rows of latents), *gather* (identity
+on one process), *match* (transport). The match of a group is normalised by the mean cost between two prior draws,
+
+.. math:: S / \mathbb{E}\,c(Y, Y'),
+
+so that it has no unit, and epsilon is ``relative_epsilon`` times the same number.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pyro_sinkhorn.errors import NonFiniteError, ProgramError
+from pyro_sinkhorn.losses.clouds import Cloud
+from pyro_sinkhorn.ot.cost import Cost, cost_matrix
+from pyro_sinkhorn.ot.divergence import Debias, sinkhorn_divergence
+
+
+@dataclass(frozen=True)
+class MatchOptions:
+    """How clouds are compared; see :class:`~pyro_sinkhorn.Trace_Sinkhorn` for the meaning of each."""
+
+    debias: Debias = "independent"
+    relative_epsilon: float = 0.1
+    match_size: int = 64
+    cost: Cost = "sqeuclidean"
+    tolerance: float = 1e-2
+    max_iters: int = 500
+    backend: str = "log"
+
+
+@dataclass
+class MatchState:
+    """What is estimated once from the prior, detached, and stored with the program.
+
+    units:      unit of length of each site's embedding
+    mean_costs: mean prior-prior cost of each group
+    """
+
+    units: dict[str, Tensor] = field(default_factory=dict)
+    mean_costs: dict[str, Tensor] = field(default_factory=dict)
+
+
+def mean_cost(cost: Cost, reference: Tensor) -> Tensor:
+    """Mean cost between two prior draws, from the two halves of a reference cloud ``(n, e)``."""
+    half = min(len(reference) // 2, 512)
+    order = torch.randperm(len(reference), device=reference.device)
+    first, second = reference[order[:half]], reference[order[half : 2 * half]]
+    value = cost_matrix(cost, first.unsqueeze(0), second.unsqueeze(0)).mean()
+    # A prior with no spread has nothing to normalise by.
+    return value if bool(value > 0) else torch.ones_like(value)
+
+
+def gather(cloud: Cloud) -> Cloud:
+    """Bring the rows of all processes together; on one process there is nothing to bring."""
+    return cloud
+
+
+def match(
+    x: Cloud,
+    y: Cloud,
+    mean: Tensor,
+    options: MatchOptions,
+    *,
+    group: str,
+    paired: bool = False,
+    warned: set[str] | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Normalised divergence between two clouds of a group, one value a particle.
+
+    :param mean: mean prior-prior cost of the group
+    :param paired: row i of both clouds shares covariates or weights, so no unit may be on both sides of a transport
+    :param warned: names of groups already warned about small batches
+    :raises ProgramError: too few units to split
+    :raises NonFiniteError: the divergence is NaN or infinite
+    """
+    n_units = x.points.shape[-2] if x.units is None else len(x.units.unique())
+    match_size: int | None = options.match_size
+    if options.debias == "independent":
+        if n_units < 2:
+            raise ProgramError(
+                f"latent group ({group}): a batch of {n_units} cannot be split into two independent halves. Give at "
+                "least 2 data a step (128 for the default match_size of 64), or debias='self'"
+            )
+        if n_units // 2 < options.match_size and warned is not None and group not in warned:
+            warned.add(group)
+            warnings.warn(
+                f"latent group ({group}): a batch of {n_units} gives halves of {n_units // 2}, below match_size="
+                f"{options.match_size}. The match depends on that size where the laws differ, so prior_weight means "
+                f"something else for this batch; use batches of at least {2 * options.match_size}, or a smaller "
+                "match_size throughout",
+                UserWarning,
+                stacklevel=2,
+            )
+    a = None if x.weights is None else _normalised(x.weights)
+    b = None if y.weights is None else _normalised(y.weights)
+    result = sinkhorn_divergence(
+        x.points,
+        y.points,
+        options.relative_epsilon * mean,
+        a,
+        b,
+        cost=options.cost,
+        debias=options.debias,
+        match_size=match_size,
+        units_x=x.units,
+        units_y=y.units,
+        shared_units=paired,
+        tolerance=options.tolerance,
+        max_iters=options.max_iters,
+        backend=options.backend,
+        generator=generator,
+    )
+    if not bool(result.value.isfinite().all()):
+        raise NonFiniteError(
+            f"latent group ({group}): the transport between {tuple(x.points.shape)} guide points and "
+            f"{tuple(y.points.shape)} prior points is not finite, though the points are: their largest coordinates "
+            f"are {float(x.points.abs().max()):.3g} and {float(y.points.abs().max()):.3g}"
+        )
+    return result.value / mean
+
+
+def _normalised(weights: Tensor) -> Tensor:
+    return weights / weights.sum()

@@ -1,0 +1,208 @@
+"""Scoring a pair of traces: densities where they exist, and errors that name the site where they do not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.infer.util import is_validation_enabled
+from pyro.poutine.trace_struct import Trace
+from pyro.util import check_site_shape
+from torch import Tensor
+
+from pyro_sinkhorn.distributions.implicit import Implicit
+from pyro_sinkhorn.errors import NonFiniteError, ProgramError
+from pyro_sinkhorn.structure import Site, Structure, is_data, is_latent, plates_of, sample_sites
+
+
+def check_guide(guide: Trace, structure: Structure) -> None:
+    """A guide must produce every latent, locals with a gradient and globals with a density.
+
+    :raises ProgramError: naming the site and the way out
+    """
+    produced = {name: site for name, site in sample_sites(guide) if is_latent(site)}
+    missing = [name for name in structure.latents if name not in produced]
+    if missing:
+        raise ProgramError(
+            f"the guide does not sample the latent sites {missing}; it samples {sorted(produced)}. Every latent of "
+            "the model needs a sample statement of the same name in the guide"
+        )
+    unknown = [name for name in produced if name not in structure.latents]
+    if unknown:
+        raise ProgramError(
+            f"the guide samples {unknown}, which are not latents of the model ({sorted(structure.latents)}): rename "
+            "them, or mark noise as auxiliary with infer={'is_auxiliary': True}"
+        )
+    for name in structure.locals:
+        if not getattr(produced[name]["fn"], "has_rsample", False):
+            raise ProgramError(
+                f"guide site {name!r} is a {type(produced[name]['fn']).__name__}, which is sampled without a gradient "
+                "(has_rsample is False): use Implicit, Delta or a reparametrised distribution"
+            )
+    for name in structure.globals:
+        if _is_implicit(produced[name]["fn"]):
+            raise ProgramError(
+                f"global latent {name!r} has an Implicit guide: there is one of it, so it is scored with a density and "
+                "never matched to its prior. Give it a guide with a density, such as Normal or Delta (AutoImplicit "
+                "does); latents inside the data plate may be Implicit"
+            )
+
+
+def check_supports(model: Trace, structure: Structure) -> None:
+    """Guide values of local latents must lie in the prior's support (only under Pyro's validation).
+
+    :raises ProgramError: naming the site and its support
+    """
+    if not is_validation_enabled():
+        return
+    for name in structure.locals:
+        site = model.nodes[name]
+        value, fn = site["value"], site["fn"]
+        event_shape = value.shape[value.dim() - len(fn.event_shape) :]
+        if event_shape != fn.event_shape:
+            raise ProgramError(
+                f"latent site {name!r}: the guide gives values of event shape {tuple(event_shape)} (full shape "
+                f"{tuple(value.shape)}) where the prior, a {type(fn).__name__}, has {tuple(fn.event_shape)}"
+            )
+        support = fn.support
+        inside = support.check(_renormalised(value.detach(), support))
+        if not bool(inside.all()):
+            raise ProgramError(
+                f"latent site {name!r}: {int((~inside).sum())} of {inside.numel()} guide values of shape "
+                f"{tuple(value.shape)} lie outside the prior's support, {support}: transform them, or let AutoImplicit "
+                "choose the head"
+            )
+
+
+def log_density(trace: Trace, names: set[str], owner: str) -> Tensor:
+    """Sum of scaled and masked log densities of some sites.
+
+    :param owner: ``"model"`` or ``"guide"``, for errors
+    :raises ProgramError: a value that its distribution cannot score, or a missing plate
+    """
+    total: Tensor | float = 0.0
+    for name, site in sample_sites(trace):
+        if name not in names:
+            continue
+        if "log_prob_sum" not in site:
+            _check_dtype(name, site)
+            try:
+                trace.compute_log_prob(lambda n, _site, wanted=name: n == wanted)
+            except (ValueError, RuntimeError, IndexError, TypeError, NotImplementedError) as error:
+                raise ProgramError(_unscored(name, site, owner, error)) from error
+            if is_validation_enabled():
+                check_site_shape(site, max_plate_nesting=float("inf"))
+        total = total + site["log_prob_sum"]
+    return torch.as_tensor(total)
+
+
+def scored_sites(trace: Trace) -> set[str]:
+    """Observed sites of the model, ``pyro.factor`` included; all add to the likelihood."""
+    return {name for name, site in sample_sites(trace) if site["is_observed"]}
+
+
+def run_scored(model: Any, guide: Trace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
+    """Trace the model with the guide's latents.
+
+    :raises NonFiniteError: where Pyro's validation finds NaN in a distribution's parameters
+    """
+    try:
+        with poutine.trace() as tracer:
+            poutine.replay(model, trace=guide)(*args, **kwargs)
+    except ValueError as error:
+        if "invalid values" not in str(error) or "nan" not in str(error):
+            raise
+        reached = [name for name, _ in sample_sites(tracer.trace)]
+        raise NonFiniteError(
+            f"the model made NaN parameters for a distribution after its sites {reached}: either the data it was given "
+            f"or the network that makes them (the decoder) is not finite. {error}"
+        ) from error
+    return tracer.trace
+
+
+def number_of_data(model: Trace, structure: Structure) -> float:
+    """Data that the trace stands for: slices of the outermost data plate times the scale of its observed site."""
+    plate = structure.data_plates[0]
+    site = next(model.nodes[name] for name in structure.data if plate in plates_of(model.nodes[name]))
+    return plate.size * float(torch.as_tensor(site["scale"], dtype=torch.float64).mean()) or 1.0
+
+
+def blame(model: Trace, guide: Trace, structure: Structure) -> NonFiniteError | None:
+    """Find where a non-finite loss came from, looking at causes before effects: data, latents, decoder, density."""
+    for name in structure.data:
+        value = model.nodes[name]["value"]
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            bad = (~value.isfinite()).reshape(len(value), -1).any(-1) if value.dim() else ~value.isfinite()
+            return NonFiniteError(
+                f"observed site {name!r}: the data of shape {tuple(value.shape)} are NaN or infinite in "
+                f"{int(bad.sum())} rows (first: {int(bad.nonzero()[0])} of this batch); remove or mask them"
+            )
+    for name in structure.latents:
+        value = guide.nodes[name]["value"]
+        if not bool(value.isfinite().all()):
+            return NonFiniteError(
+                f"latent site {name!r}: the guide produced NaN or infinite values (shape {tuple(value.shape)}); look "
+                "for a diverged encoder (lower the learning rate, clip gradients)"
+            )
+    for name, site in sample_sites(model):
+        for attribute in getattr(_innermost(site["fn"]), "arg_constraints", {}):
+            parameter = _innermost(site["fn"]).__dict__.get(attribute)
+            if isinstance(parameter, Tensor) and not bool(parameter.isfinite().all()):
+                return NonFiniteError(
+                    f"site {name!r}: {attribute} of its {type(_innermost(site['fn'])).__name__}, shape "
+                    f"{tuple(parameter.shape)}, is NaN or infinite though its inputs are finite: the network that "
+                    "makes it (the decoder) diverged"
+                )
+    for trace, owner in ((model, "model"), (guide, "guide")):
+        for name, site in sample_sites(trace):
+            if "log_prob_sum" in site and not bool(torch.as_tensor(site["log_prob_sum"]).isfinite().all()):
+                return NonFiniteError(f"site {name!r} of the {owner}: its log density is NaN or infinite")
+    return None
+
+
+def _check_dtype(name: str, site: Site) -> None:
+    value, fn = site["value"], site["fn"]
+    if not (is_data(site) and isinstance(value, Tensor)) or value.is_floating_point():
+        return
+    if not getattr(fn.support, "is_discrete", False) or type(_innermost(fn)).__name__ in (
+        "Bernoulli",
+        "ContinuousBernoulli",
+    ):
+        raise ProgramError(
+            f"observed site {name!r}: the data are {value.dtype} where {type(_innermost(fn)).__name__} needs floating "
+            f"points; pass them as x.float() (shape {tuple(value.shape)})"
+        )
+
+
+def _unscored(name: str, site: Site, owner: str, error: Exception) -> str:
+    fn, value = site["fn"], site["value"]
+    kind = "observed site" if site["is_observed"] else "latent site"
+    return (
+        f"{kind} {name!r} of the {owner} cannot be scored: its value has shape {tuple(getattr(value, 'shape', ()))} "
+        f"and dtype {getattr(value, 'dtype', type(value).__name__)}, its {type(_innermost(fn)).__name__} batch shape "
+        f"{tuple(fn.batch_shape)} and event shape {tuple(fn.event_shape)}. {error}"
+    )
+
+
+def _renormalised(value: Tensor, support: Any) -> Tensor:
+    """Forgive float32 rounding, which the tolerances of 1e-6 of the simplex and the sphere do not."""
+    constraint = support
+    while hasattr(constraint, "base_constraint"):
+        constraint = constraint.base_constraint
+    kind = type(constraint).__name__.lower()
+    if value.dtype != torch.float64 and ("simplex" in kind or "sphere" in kind):
+        value = value.double()
+        norm = value.sum(-1, keepdim=True) if "simplex" in kind else value.norm(dim=-1, keepdim=True)
+        return torch.where((norm - 1).abs() < 1e-4, value / norm, value)
+    return value
+
+
+def _innermost(fn: Any) -> Any:
+    while hasattr(fn, "base_dist") and not hasattr(fn, "transforms"):
+        fn = fn.base_dist
+    return fn
+
+
+def _is_implicit(fn: Any) -> bool:
+    return isinstance(_innermost(fn), Implicit)

@@ -1,0 +1,111 @@
+"""Auxiliary runs of a model: hidden from every handler outside, stopped early, leaving no mark on module buffers.
+
+Pyro programs are only known by running them. The guide runs one to learn plate sizes, the losses run one to draw
+the prior cloud; both stop after the last latent, so that the decoder does not run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+
+class _Stop(Exception):
+    """Raised after the last site of interest to leave the model."""
+
+
+class _StopAfter(Messenger):
+    def __init__(self, names: Iterable[str]) -> None:
+        super().__init__()
+        self.remaining = set(names)
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["name"] in self.remaining:
+            self.remaining.discard(msg["name"])
+            if not self.remaining:
+                raise _Stop
+
+
+class _Substitute(Messenger):
+    """Give sample sites, plates' sub-samples included, fixed values."""
+
+    def __init__(self, values: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.values and not msg["is_observed"]:
+            msg["value"] = self.values[msg["name"]]
+            msg["done"] = True
+
+
+@contextmanager
+def preserved_buffers() -> Iterator[None]:
+    """Let modules change their buffers (BatchNorm statistics) inside, and put the old ones back on leaving.
+
+    Buffers are swapped for copies when a module first runs, not copied back afterwards: graphs built meanwhile
+    keep what they saw.
+    """
+    originals: dict[torch.nn.Module, dict[str, Tensor | None]] = {}
+
+    def swap(module: torch.nn.Module, _args: Any) -> None:
+        if module._buffers and module not in originals:
+            originals[module] = dict(module._buffers)
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.clone()
+
+    hook = register_module_forward_pre_hook(swap)
+    try:
+        yield
+    finally:
+        hook.remove()
+        for module, buffers in originals.items():
+            module._buffers.update(buffers)
+
+
+def run_model(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    values: dict[str, Tensor] | None = None,
+    stop_after: Iterable[str] = (),
+    grad: bool = False,
+) -> Trace:
+    """Trace the model out of sight of outer handlers.
+
+    :param values: values for some sample sites and sub-samples
+    :param stop_after: leave the model once all these sites were sampled; empty means run to its end
+    :param grad: whether to keep gradients
+    """
+    names = set(stop_after)
+    with poutine.block(), preserved_buffers(), torch.set_grad_enabled(grad and torch.is_grad_enabled()):
+        with poutine.trace() as tracer, _Substitute(values or {}):
+            try:
+                if names:
+                    with _StopAfter(names):
+                        model(*args, **kwargs)
+                else:
+                    model(*args, **kwargs)
+            except _Stop:
+                pass
+        return tracer.trace
+
+
+def subsamples(trace: Trace) -> dict[str, Tensor]:
+    """Indices that every plate of a trace drew, by plate name."""
+    return {
+        name: site["value"]
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and isinstance(site["fn"], pyro.poutine.subsample_messenger._Subsample)
+    }

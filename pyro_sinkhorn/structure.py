@@ -1,0 +1,158 @@
+"""The structure of a program, read off one trace: which sites are data, local or global, and which belong together.
+
+- A *data plate* is a plate of a scored observed site (never the particle plate).
+- A latent inside a data plate is *local*, any other *global*.
+- Local latents that share a stack of data plates form one *group*: they are produced and matched jointly, since
+  matching site by site loses their dependence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyro.distributions as dist
+from pyro.poutine.subsample_messenger import _Subsample
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from pyro_sinkhorn.errors import ProgramError
+
+#: Name that :class:`pyro.infer.ELBO` gives to the plate of vectorised particles.
+PARTICLE_PLATE = "num_particles_vectorized"
+
+Site = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Plate:
+    """A vectorised plate as one trace saw it: ``size`` slices present, of ``full_size``, at batch dimension ``dim``."""
+
+    name: str
+    dim: int
+    size: int
+    full_size: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Local latents that share their data plates; ``plates`` runs from the outermost, whose slices are the units."""
+
+    sites: tuple[str, ...]
+    plates: tuple[Plate, ...]
+
+    @property
+    def name(self) -> str:
+        """Site names joined by commas: how tables and errors call the group."""
+        return ", ".join(self.sites)
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What :func:`structure_of` finds in a trace of the model."""
+
+    data: tuple[str, ...]
+    data_plates: tuple[Plate, ...]
+    groups: tuple[Group, ...]
+    globals: tuple[str, ...]
+
+    @property
+    def locals(self) -> tuple[str, ...]:
+        """Names of all local latents."""
+        return tuple(name for group in self.groups for name in group.sites)
+
+    @property
+    def latents(self) -> tuple[str, ...]:
+        """Names of all latents."""
+        return self.globals + self.locals
+
+
+def sample_sites(trace: Trace) -> Iterator[tuple[str, Site]]:
+    """Sample statements of a trace, the sub-sampling of plates left out."""
+    for name, site in trace.nodes.items():
+        if site["type"] == "sample" and not isinstance(site["fn"], _Subsample):
+            yield name, site
+
+
+def is_data(site: Site) -> bool:
+    """Whether a site carries observed data: not a ``pyro.deterministic``, not a ``pyro.factor``."""
+    if not site["is_observed"] or site["infer"].get("_deterministic"):
+        return False
+    return not isinstance(_unmasked(site["fn"]), dist.Unit)
+
+
+def is_latent(site: Site) -> bool:
+    """Whether a site is one to infer: not observed, not noise."""
+    return not site["is_observed"] and not site["infer"].get("is_auxiliary", False)
+
+
+def plates_of(site: Site) -> tuple[Plate, ...]:
+    """Vectorised plates around a site, outermost first, the particle plate left out."""
+    return tuple(
+        Plate(frame.name, frame.dim, frame.size, frame.full_size or frame.size)
+        for frame in site["cond_indep_stack"]
+        if frame.vectorized and frame.name != PARTICLE_PLATE
+    )
+
+
+def structure_of(trace: Trace) -> Structure:
+    """Read the structure off a trace of the model.
+
+    :raises ProgramError: no observed site; observed sites outside every plate; a sequential plate around data
+    """
+    sites = dict(sample_sites(trace))
+    data = tuple(name for name, site in sites.items() if is_data(site))
+    latents = [name for name, site in sites.items() if is_latent(site)]
+    if not data:
+        raise ProgramError(
+            f"the model observes nothing: none of its sample sites {list(sites)} has obs=. Condition one on data, "
+            "for example pyro.sample('x', likelihood, obs=x), or wrap the model in pyro.condition"
+        )
+    for name in data:
+        for frame in sites[name]["cond_indep_stack"]:
+            if not frame.vectorized:
+                raise ProgramError(
+                    f"observed site {name!r} is in the sequential plate {frame.name!r} (for i in pyro.plate): latents "
+                    f"are compared as clouds, so write it vectorised, with pyro.plate({frame.name!r}, size)"
+                )
+    data_plates = {plate.name: plate for name in data for plate in plates_of(sites[name])}
+    if not data_plates:
+        raise ProgramError(
+            f"observed sites {list(data)} are in no plate, so nothing says which of their dimensions holds the data: "
+            f"put their sample statements in `with pyro.plate('data', len(x)):`"
+        )
+    members: dict[tuple[Plate, ...], list[str]] = {}
+    global_sites = []
+    for name in latents:
+        stack = tuple(plate for plate in plates_of(sites[name]) if plate.name in data_plates)
+        if stack:
+            members.setdefault(stack, []).append(name)
+        else:
+            global_sites.append(name)
+    # Coarse groups first: a nested group may carry their latents along.
+    stacks = sorted(members, key=len)
+    groups = tuple(Group(tuple(members[stack]), stack) for stack in stacks)
+    return Structure(data, tuple(data_plates.values()), groups, tuple(global_sites))
+
+
+def parameters_of(fn: Any) -> Iterator[tuple[Tensor, int]]:
+    """Parameters of a distribution with their event dimensions, transforms and base distributions included."""
+    if hasattr(fn, "base_dist"):
+        yield from parameters_of(fn.base_dist)
+        for transform in getattr(fn, "transforms", ()):
+            for attribute in ("loc", "scale"):
+                parameter = getattr(transform, attribute, None)
+                if isinstance(parameter, Tensor):
+                    yield parameter, transform.domain.event_dim
+        return
+    for attribute, constraint in getattr(fn, "arg_constraints", {}).items():
+        parameter = fn.__dict__.get(attribute)
+        if isinstance(parameter, Tensor):
+            yield parameter, getattr(constraint, "event_dim", 0)
+
+
+def _unmasked(fn: Any) -> Any:
+    while isinstance(fn, dist.MaskedDistribution):
+        fn = fn.base_dist
+    return fn

@@ -1,0 +1,10 @@
+"""Every backend obeys the same laws: a test of transport asks for the ``backend`` fixture and passes it on."""
+
+import pytest
+
+from pyro_sinkhorn.ot.sinkhorn import BACKENDS
+
+
+@pytest.fixture(params=sorted(BACKENDS))
+def backend(request):
+    return request.param
