@@ -4,5 +4,13 @@ from pyro_sinkhorn.distributions import Implicit
 from pyro_sinkhorn.geometry import register_geometry
 from pyro_sinkhorn.guide import AutoImplicit
 from pyro_sinkhorn.losses import Trace_Sinkhorn
+from pyro_sinkhorn.program import SinkhornProgram, sinkhorn_infer
 
-__all__ = ["AutoImplicit", "Implicit", "Trace_Sinkhorn", "register_geometry"]
+__all__ = [
+    "AutoImplicit",
+    "Implicit",
+    "SinkhornProgram",
+    "Trace_Sinkhorn",
+    "register_geometry",
+    "sinkhorn_infer",
+]

@@ -93,6 +93,7 @@ class AutoImplicit(PyroModule):
         self.global_guides = nn.ModuleList()
         self._structure: Structure | None = None
         self._observed: list[Observed] = []
+        self._pending_state: dict[str, Tensor] | None = None
         #: Values of the observed sites that the last call read, for the loss to check against the model's.
         self.last_inputs: dict[str, Tensor] = {}
 
@@ -104,7 +105,9 @@ class AutoImplicit(PyroModule):
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample every latent; returns them by name."""
         if self._structure is None:
-            self._set_up(args, kwargs)
+            # Networks about to be overwritten by a loaded state must not shift the random numbers of this call.
+            with torch.random.fork_rng(devices=[], enabled=self._pending_state is not None):
+                self._set_up(args, kwargs)
         structure = self._structure
         assert structure is not None
         prior = run_model(self.model, args, kwargs, stop_after=structure.latents, grad=True)
@@ -255,6 +258,23 @@ class AutoImplicit(PyroModule):
             self._make_networks(i, group, structure, inputs, draws, coarse, args, kwargs)
         self._structure = structure
         self.train(self.training)
+        if self._pending_state is not None:
+            pending, self._pending_state = self._pending_state, None
+            self.load_state_dict(pending)
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """As in torch; before the first call, when there are no networks yet, the state waits for them."""
+        made = any(name.startswith(("heads.", "encoders.", "global_guides.")) for name in state_dict)
+        if self._structure is None and made:
+            self._pending_state = dict(state_dict)
+            return torch.nn.modules.module._IncompatibleKeys([], [])
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As in torch; a state that still waits for the first call counts as the guide's."""
+        if self._pending_state is not None and not args and not kwargs:
+            return dict(self._pending_state)
+        return super().state_dict(*args, **kwargs)
 
     def _make_networks(
         self, i: int, group: Group, structure: Structure, inputs: Any, draws: list[Trace], coarse: Any, args: Any, kwargs: Any

@@ -81,6 +81,11 @@ class LatentMatch:
             return []
         return self._compare(call, call.prior(), [call.prior()])
 
+    def coordinates(self, call: Call, name: str) -> Tensor:
+        """Rows ``(particles * n, e)`` of the scored trace for the group of this name, in the prior's unit."""
+        group, carried = next((g, c) for g, c in self._groups(call.structure) if g.name == name)
+        return self._coordinates(call.scored, group, carried).flatten(0, 1)
+
     def _compare(self, call: Call, left: Trace, priors: list[Trace]) -> list[GroupMatch]:
         constant: Trace | None = None
         groups = list(self._groups(call.structure))

@@ -1,0 +1,145 @@
+"""How well a program matches its prior, measured against the noise of the measurement."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_sinkhorn.losses.latent_match import Call
+from pyro_sinkhorn.losses.scoring import check_guide, log_density, number_of_data, run_scored, scored_sites
+from pyro_sinkhorn.losses.trace_sinkhorn import Trace_Sinkhorn
+from pyro_sinkhorn.structure import structure_of
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """One latent group.
+
+    match:             normalised divergence between aggregated posterior and prior, mean of several evaluations
+    floor, floor_sd:   mean and standard deviation of the same statistic between independent prior clouds
+    z:                 distance from the floor in standard errors of the difference of the two means
+    encoder_variance:  share of the latents' variance that is noise of the encoder, 0 for a deterministic one
+    """
+
+    name: str
+    match: float
+    floor: float
+    floor_sd: float
+    z: float
+    encoder_variance: float
+
+
+@dataclass(frozen=True)
+class MatchReport:
+    """What :func:`match_report` measured; prints as a table.
+
+    reconstruction:  -log p(x | z) per datum
+    groups:          one row a latent group
+    n_data:          data that were encoded
+    match_size:      units in each half-cloud: the floor shrinks as it grows
+    """
+
+    reconstruction: float
+    groups: tuple[GroupReport, ...]
+    n_data: float
+    match_size: int
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.n_data:.0f} data, reconstruction {self.reconstruction:.4f} per datum; match at size {self.match_size}",
+            f"{'group':<20} {'match':>9} {'floor':>9} {'± sd':>8} {'z':>7} {'encoder var':>12}",
+        ]
+        lines += [
+            f"{g.name:<20} {g.match:>9.4f} {g.floor:>9.4f} {g.floor_sd:>8.4f} {g.z:>7.1f} {g.encoder_variance:>12.3f}"
+            for g in self.groups
+        ]
+        lines += [f"{'':<20} {note}" for note in self.notes()]
+        return "\n".join(lines)
+
+    def notes(self) -> list[str]:
+        """What a reader should conclude."""
+        notes = []
+        for g in self.groups:
+            if g.z > 5:
+                notes.append(f"{g.name}: the aggregated posterior differs from the prior; raise prior_weight or train on")
+            if g.encoder_variance < 0.01:
+                notes.append(f"{g.name}: the encoder is deterministic; its draws say nothing of uncertainty")
+        return notes
+
+
+@torch.no_grad()
+def match_report(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *args: Any,
+    loss: Trace_Sinkhorn | None = None,
+    num_floor: int = 20,
+    num_draws: int = 8,
+    **kwargs: Any,
+) -> MatchReport:
+    """Reconstruction, match of each group against its noise floor, and what is left of the encoder's noise.
+
+    The floor is the same statistic between independent prior clouds, split and sized alike: a match within a few
+    standard errors of it is as good as the data given here can show. More data, or more ``num_floor``, show more.
+
+    :param args: arguments of the model; at least twice ``match_size`` data for a stable number
+    :param loss: the loss whose match to report; default ``Trace_Sinkhorn()``
+    :param num_floor: evaluations of match and floor each
+    :param num_draws: guide draws for the encoder's variance
+    :raises ProgramError: model, guide and data do not fit together
+
+    >>> import pyro, pyro.distributions as dist
+    >>> from pyro_sinkhorn import AutoImplicit
+    >>> def model(x):
+    ...     with pyro.plate("data", len(x)):
+    ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    ...         pyro.sample("x", dist.Normal(z, 0.1), obs=x)
+    >>> report = match_report(model, AutoImplicit(model), torch.randn(128), num_floor=2)
+    >>> report.groups[0].name
+    'z'
+    """
+    loss = loss or Trace_Sinkhorn()
+    calls = []
+    reconstruction = 0.0
+    for _ in range(max(num_floor, num_draws, 2)):
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        scored = run_scored(model, guide_trace, args, kwargs)
+        structure = structure_of(scored)
+        check_guide(guide_trace, structure)
+        calls.append(Call(model, args, kwargs, structure, scored))
+        log_likelihood = float(log_density(scored, scored_sites(scored), "model"))
+        reconstruction -= log_likelihood / number_of_data(scored, structure)
+    reconstruction /= len(calls)
+    matches = [loss.latent_match(call) for call in calls[: max(num_floor, 2)]]
+    floors = [loss.latent_match.floor(call) for call in calls[: max(num_floor, 2)]]
+    groups = []
+    for i, first in enumerate(matches[0]):
+        match = torch.stack([values[i].value for values in matches]).double()
+        floor = torch.stack([values[i].value for values in floors]).double()
+        error = math.sqrt(float(match.var() + floor.var()) / len(match))
+        clouds = [loss.latent_match.coordinates(call, first.name) for call in calls[:num_draws]]
+        groups.append(
+            GroupReport(
+                name=first.name,
+                match=float(match.mean()),
+                floor=float(floor.mean()),
+                floor_sd=float(floor.std()),
+                z=float(match.mean() - floor.mean()) / error if error > 0 else 0.0,
+                encoder_variance=_noise_share(torch.stack(clouds)),
+            )
+        )
+    n_data = number_of_data(calls[0].scored, calls[0].structure)
+    return MatchReport(reconstruction, tuple(groups), n_data, loss.latent_match.options.match_size)
+
+
+def _noise_share(draws: Tensor) -> float:
+    """Variance within a datum over the whole, from draws ``(k, n, e)``."""
+    within = draws.var(0).mean(0).sum()
+    total = draws.flatten(0, 1).var(0).sum()
+    return float(within / total) if float(total) > 0 else 0.0
