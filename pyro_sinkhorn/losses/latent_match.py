@@ -61,11 +61,10 @@ class LatentMatch:
         self.num_prior_batches = num_prior_batches
         self.state = MatchState()
         self._warned: set[str] = set()
-        self._varies: dict[str, bool] = {}
 
     def fresh(self) -> LatentMatch:
         """One with the same options that has seen no prior."""
-        return LatentMatch(self.options, self.grouping, self.num_prior_batches)
+        return type(self)(self.options, self.grouping, self.num_prior_batches)
 
     def __call__(self, call: Call) -> list[GroupMatch]:
         """Compare the scored trace with fresh prior clouds."""
@@ -81,6 +80,10 @@ class LatentMatch:
             return []
         return self._compare(call, call.prior(), [call.prior()])
 
+    def divergence(self, x: Cloud, y: Cloud, mean: Tensor, group: str, paired: bool) -> Tensor:
+        """Normalised divergence between two clouds, one value a particle; a subclass may compare otherwise."""
+        return match(x, y, mean, self.options, group=group, paired=paired, warned=self._warned)
+
     def coordinates(self, call: Call, name: str) -> Tensor:
         """Rows ``(particles * n, e)`` of the scored trace for the group of this name, in the prior's unit."""
         group, carried = next((g, c) for g, c in self._groups(call.structure) if g.name == name)
@@ -89,7 +92,9 @@ class LatentMatch:
     def _compare(self, call: Call, left: Trace, priors: list[Trace]) -> list[GroupMatch]:
         constant: Trace | None = None
         groups = list(self._groups(call.structure))
-        if any(self._varies.get(group.name, True) for group, _ in groups):
+        # Asked at every call: a batch may have equal covariates by chance, a prior network may start at zero. The run
+        # is spared where parameters agree even below different latents.
+        if any(varying_parameters(priors[0], group) is not None for group, _ in groups):
             constant = call.constant(priors[0])
         return [self._compare_group(call, left, priors, constant, group, carried) for group, carried in groups]
 
@@ -111,18 +116,8 @@ class LatentMatch:
 
         x = cloud(left)
         mean = self.state.mean_costs[group.name].to(x.points)
-        values = [
-            match(
-                x,
-                cloud(prior),
-                mean,
-                self.options,
-                group=group.name,
-                paired=features is not None or x.weights is not None,
-                warned=self._warned,
-            ).mean()
-            for prior in priors
-        ]
+        paired = features is not None or x.weights is not None
+        values = [self.divergence(x, cloud(prior), mean, group.name, paired).mean() for prior in priors]
         return GroupMatch(group.name, torch.stack(values).mean(), n_data)
 
     def _groups(self, structure: Structure) -> Iterator[tuple[Group, tuple[str, ...]]]:
@@ -156,14 +151,14 @@ class LatentMatch:
         if constant is None:
             return None
         features = varying_parameters(constant, group)
-        self._varies[group.name] = features is not None
         if features is None:
             return None
         key = f"features of {group.name}"
-        if key not in self.state.units:
-            spread = 2 * features.flatten(0, 1).var(0, correction=0).sum()
-            self.state.units[key] = (spread / self.state.mean_costs[group.name].to(spread)).sqrt()
-        return features / self.state.units[key].to(features)
+        spread = 2 * features.flatten(0, 1).var(0, correction=0).sum()
+        unit = (spread / self.state.mean_costs[group.name].to(spread)).sqrt()
+        # The largest seen: a prior network near zero must not fix a unit that its features outgrow.
+        self.state.units[key] = torch.maximum(unit, self.state.units.get(key, unit).to(unit))
+        return features / self.state.units[key]
 
     @torch.no_grad()
     def _estimate(self, call: Call, first: Trace, group: Group, carried: tuple[str, ...]) -> None:
