@@ -83,7 +83,11 @@ class NormalGuide(nn.Module):
         self.encoder = DefaultEncoder(num_pixels)
         width = self.encoder.width
         self.mixed = nn.Sequential(
-            nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, 2 * dim)
+            nn.Linear(width, hidden),
+            nn.SiLU(),
+            nn.Linear(hidden, hidden),
+            nn.SiLU(),
+            nn.Linear(hidden, 2 * dim),
         )
         self.direct = nn.Linear(width, 2 * dim)
 
@@ -150,10 +154,14 @@ def run(prior: str, method: str, weight: float, seed: int, steps: int, part: str
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", ConvergenceWarning)
     split = Split()
-    held, labels = (split.validation, split.y_validation) if part == "validation" else (split.test, split.y_test)
+    held, labels = (
+        (split.validation, split.y_validation) if part == "validation" else (split.test, split.y_test)
+    )
     torch.manual_seed(seed)  # initial weights of the decoder
     program = make_program(prior, method, weight)
-    optim = pyro.optim.CosineAnnealingLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 2e-3}, "T_max": steps})
+    optim = pyro.optim.CosineAnnealingLR(
+        {"optimizer": torch.optim.Adam, "optim_args": {"lr": 2e-3}, "T_max": steps}
+    )
     start = time.perf_counter()
     program.fit(split.train, num_steps=steps, batch_size=256, optim=optim, seed=seed, progress=False)
     seconds = time.perf_counter() - start
@@ -186,7 +194,9 @@ def draw_prior(prior: str, n: int, seed: int) -> Tensor:
 def floors(prior: str) -> dict[str, float]:
     """Energy distance between independent prior clouds of the sizes used: what a perfect match measures."""
     reference = draw_prior(prior, 4000, seed=3)
-    values = torch.tensor([energy_distance(draw_prior(prior, 1200, seed=1000 + i), reference) for i in range(20)])
+    values = torch.tensor(
+        [energy_distance(draw_prior(prior, 1200, seed=1000 + i), reference) for i in range(20)]
+    )
     return {"mean": float(values.mean()), "sd": float(values.std())}
 
 
@@ -200,7 +210,9 @@ def choose(rows: list[dict[str, Any]], limit: float) -> float:
 
 def main() -> None:
     """Run the study."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--workers", type=int, default=2)
@@ -210,10 +222,17 @@ def main() -> None:
         options.steps, options.seeds = 3, [0]
     pairs = [(p, m) for p in PRIORS for m in WEIGHTS if m != "elbo" or p == "gaussian"]
     if options.smoke_test:
-        pairs = [("dirichlet", "autoencoder"), ("dirichlet", "mmd"), ("gaussian", "autoencoder"), ("gaussian", "elbo")]
+        pairs = [
+            ("dirichlet", "autoencoder"),
+            ("dirichlet", "mmd"),
+            ("gaussian", "autoencoder"),
+            ("gaussian", "elbo"),
+        ]
     with ProcessPoolExecutor(options.workers) as pool:
         jobs = {
-            (prior, method, weight): pool.submit(run, prior, method, weight, TUNING_SEED, options.steps, "validation")
+            (prior, method, weight): pool.submit(
+                run, prior, method, weight, TUNING_SEED, options.steps, "validation"
+            )
             for prior, method in pairs
             for weight in (WEIGHTS[method][:1] if options.smoke_test else WEIGHTS[method])
         }
@@ -224,7 +243,9 @@ def main() -> None:
         chosen = {}
         for prior, method in pairs:
             limit = 1.15 * tuning[prior, "autoencoder", 0.0]["reconstruction"]
-            chosen[prior, method] = choose([row for k, row in tuning.items() if k[:2] == (prior, method)], limit)
+            chosen[prior, method] = choose(
+                [row for k, row in tuning.items() if k[:2] == (prior, method)], limit
+            )
         finals = [
             pool.submit(run, prior, method, chosen[prior, method], seed, options.steps, "test")
             for prior, method in pairs
@@ -273,7 +294,9 @@ def print_summary(payload: dict[str, Any]) -> None:
     print(f"train-to-test energy distance {payload['train_to_test_energy']:.4f}")
     for prior, floor in payload["latent_floor"].items():
         print(f"latent floor of {prior}: {floor['mean']:.4f} +- {floor['sd']:.4f}")
-    print(f"{'prior':<16}{'method':<12}{'weight':>7} {'rec/AE':>7} {'latent energy':>18} {'generated':>18} {'k-NN':>7}")
+    print(
+        f"{'prior':<16}{'method':<12}{'weight':>7} {'rec/AE':>7} {'latent energy':>18} {'generated':>18} {'k-NN':>7}"
+    )
     for row in payload["summary"]:
         latent, generated = row["latent_energy"], row["generated_energy"]
         print(

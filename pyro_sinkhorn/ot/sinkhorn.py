@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -49,9 +49,9 @@ class SinkhornResult:
     marginal_error: Tensor
     n_iters: int
     converged: Tensor
-    _problem: Problem
-    _solution: Solution
-    _batch_shape: torch.Size
+    _problem: Problem = field(repr=False)
+    _solution: Solution = field(repr=False)
+    _batch_shape: torch.Size = field(repr=False)
 
     def plan(self) -> Tensor:
         """The coupling, ``(n, m)``, detached; computed when asked for."""

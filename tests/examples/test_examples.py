@@ -1,0 +1,28 @@
+"""Every example runs."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
+
+
+@pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.stem)
+def test_smoke(script, tmp_path):
+    # In an empty directory and a process of its own, with warnings as errors, as a newcomer would meet them.
+    command = [sys.executable, "-W", "error::UserWarning", str(script), "--smoke-test"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout
+
+
+def test_quickstart_writes_its_figure(tmp_path):
+    script = next(path for path in EXAMPLES if path.stem == "quickstart")
+    figure = tmp_path / "figure.png"
+    command = [sys.executable, str(script), "--smoke-test", "--output", str(figure)]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    assert figure.stat().st_size > 10_000
+    assert "generated to held-out" in result.stdout

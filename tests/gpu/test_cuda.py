@@ -1,0 +1,62 @@
+"""The same answers on a GPU; collected everywhere, skipped where there is none."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_sinkhorn import AutoImplicit, SinkhornProgram, Trace_Sinkhorn
+from pyro_sinkhorn.distributions import HypersphericalUniform, VonMisesFisher
+from pyro_sinkhorn.errors import ProgramError
+from pyro_sinkhorn.models import dirichlet_archetypes
+from pyro_sinkhorn.ot import sinkhorn
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean"])
+def test_values_and_gradients_equal_the_cpu(cost):
+    x, y = torch.randn(4, 50, 3), torch.randn(4, 60, 3)
+    results = []
+    for device in ("cpu", "cuda"):
+        points = x.to(device).requires_grad_()
+        out = sinkhorn(points, y.to(device), 0.5, cost=cost, tolerance=1e-8)
+        out.value.sum().backward()
+        results.append((out.value.detach().cpu(), points.grad.cpu(), out.plan().cpu()))
+    for on_cpu, on_gpu in zip(*results, strict=True):
+        torch.testing.assert_close(on_gpu, on_cpu, atol=1e-8, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda d: HypersphericalUniform(5, device=d),
+        lambda d: VonMisesFisher(
+            torch.nn.functional.one_hot(torch.tensor(0), 5).double().to(d), torch.tensor(20.0, device=d)
+        ),
+    ],
+)
+def test_spherical_distributions_sample_and_score_there(fn):
+    draws = fn("cuda").sample((1000,))
+    assert draws.is_cuda
+    torch.testing.assert_close(fn("cuda").log_prob(draws).cpu(), fn("cpu").log_prob(draws.cpu()))
+
+
+def test_a_program_moves_fits_and_comes_back(tmp_path):
+    program = SinkhornProgram(dirichlet_archetypes(), loss=Trace_Sinkhorn(match_size=16))
+    x = torch.rand(64, 64)
+    program.fit(x, num_steps=3, batch_size=32, seed=0, device="cuda", progress=False)
+    assert program.encode(x)["z"].is_cuda
+    program.save(tmp_path / "program.pt")
+    back = SinkhornProgram.load(tmp_path / "program.pt", program.model)
+    assert not back.generate(2, x[:1])["z"].is_cuda
+
+
+def test_mixed_devices_are_named():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 0.1).to_event(1), obs=x)
+
+    with pytest.raises(ProgramError, match="cuda"):
+        AutoImplicit(model)(torch.randn(8, 2, device="cuda"))
