@@ -1,135 +1,212 @@
-"""Modules that a model refers to, and how a program owns copies of them.
+"""What a program has for itself: copies of the modules that its model refers to, and a parameter store.
 
 A Pyro model is a function that reaches its networks through closures and globals. Two programs made of one function
-would train one set of weights, so a program keeps copies of every module it finds, and lends their tensors to the
-originals while it runs. Outside, the originals keep the weights they had.
+would train one set of weights, so a program keeps copies of every module that :mod:`pyro_sinkhorn.reachable` finds,
+and lends their tensors to the originals while it runs. Outside, the originals keep the weights they had.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+import pyro
+from pyro.distributions import constraints
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from pyro_sinkhorn.errors import ProgramError
+from pyro_sinkhorn.reachable import find_modules
+
+__all__ = [
+    "Owned",
+    "copied_initial_values",
+    "find_modules",
+    "kept_on_error",
+    "shared_copy",
+    "submodule_pairs",
+    "training_mode",
+]
+
+#: Dictionaries of a module that a run may fill or replace: BatchNorm its buffers, a PyroModule its parameters.
+_HELD = ("_parameters", "_buffers", "_pyro_params")
 
 
-def find_modules(fn: Any) -> dict[str, nn.Module]:
-    """Modules that a callable can reach: itself, its closure, globals it names, its instance, nested functions.
+class Owned:
+    """What a program has for itself: copies of modules, and a parameter store. In use inside :meth:`active`.
 
-    >>> net = nn.Linear(2, 2)
-    >>> def outer():
-    ...     decoder = nn.Linear(2, 2)
-    ...     return lambda x: decoder(x)
-    >>> list(find_modules(outer()))
-    ['decoder']
+    :raises ProgramError: a module that cannot be copied, naming it
     """
-    found: dict[str, nn.Module] = {}
-    seen: set[int] = set()
-
-    def add(name: str, value: Any, depth: int) -> None:
-        if id(value) in seen or depth > 8:
-            return
-        if isinstance(value, nn.Module):
-            seen.add(id(value))
-            while name in found:
-                name += "_"
-            found[name] = value
-        elif isinstance(value, (list, tuple)):
-            for i, item in enumerate(value):
-                add(f"{name}.{i}", item, depth + 1)
-        elif isinstance(value, dict):
-            for key, item in value.items():
-                add(f"{name}.{key}", item, depth + 1)
-        elif isinstance(value, functools.partial):
-            seen.add(id(value))
-            add(name, value.func, depth + 1)
-            add(name, list(value.args), depth + 1)
-            add(name, value.keywords, depth + 1)
-        elif isinstance(value, types.MethodType):
-            add(name, value.__self__, depth + 1)
-            add(name, value.__func__, depth + 1)
-        elif isinstance(value, types.FunctionType):
-            seen.add(id(value))
-            if not _is_library(value):
-                for key, item in _references(value):
-                    add(key, item, depth + 1)
-        elif hasattr(value, "__dict__") and not isinstance(value, (type, types.ModuleType)) and not _is_library(value):
-            seen.add(id(value))
-            for key, item in vars(value).items():
-                add(f"{name}.{key}", item, depth + 1)
-
-    add(getattr(fn, "__name__", "model"), fn, 0)
-    return found
-
-
-def _references(fn: types.FunctionType) -> Iterator[tuple[str, Any]]:
-    for name, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
-        try:
-            yield name, cell.cell_contents
-        except ValueError:  # a variable not assigned yet
-            continue
-    yield from ((f"default{i}", value) for i, value in enumerate(fn.__defaults__ or ()))
-    yield from (fn.__kwdefaults__ or {}).items()
-    codes = [fn.__code__]
-    while codes:
-        code = codes.pop()
-        codes += [const for const in code.co_consts if isinstance(const, types.CodeType)]
-        for name in code.co_names:
-            if name not in fn.__globals__:
-                continue
-            value = fn.__globals__[name]
-            if isinstance(value, types.ModuleType):
-                # networks.decoder: only modules directly in a Python module that the code names.
-                attributes = ((n, value.__dict__.get(n)) for n in code.co_names)
-                yield from ((n, v) for n, v in attributes if isinstance(v, nn.Module))
-            else:
-                yield name, value
-
-
-def _is_library(value: Any) -> bool:
-    module = getattr(value, "__module__", None) or getattr(type(value), "__module__", "") or ""
-    return module.split(".")[0] in {"pyro", "torch", "numpy", "builtins", "functools", "pyro_sinkhorn", "typing"} and (
-        not module.startswith("pyro_sinkhorn.models")
-    )
-
-
-class OwnedModules:
-    """Private copies of modules, lent to the originals inside :meth:`lent`."""
 
     def __init__(self, originals: dict[str, nn.Module]) -> None:
+        for name, module in originals.items():
+            if any(is_lazy(tensor) for tensor in (*module.parameters(), *module.buffers())):
+                raise ProgramError(
+                    f"module {name!r} has lazy parameters, whose shapes are unknown until it runs, so it cannot be "
+                    "copied: run it once on an example before making a program of the model"
+                )
         self.originals = originals
+        self.store: dict[str, Any] = {"params": {}, "constraints": {}}
+        self._depth = 0
         # One copy of the whole dictionary, so that modules that share weights go on sharing them.
-        self.copies: dict[str, nn.Module] = copy.deepcopy(originals)
+        try:
+            self.copies: dict[str, nn.Module] = copy.deepcopy(originals)
+        except RuntimeError as error:
+            raise ProgramError(f"one of the modules {sorted(originals)} cannot be copied: {error}") from error
+
+    def pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Every original module, submodules included, with its copy; a module in two places comes once.
+
+        :raises ProgramError: submodules were added or removed since the copies were made
+        """
+        for name, original in self.originals.items():
+            now, then = len(list(original.modules())), len(list(self.copies[name].modules()))
+            if now != then:
+                raise ProgramError(
+                    f"module {name!r} had {then} submodules when the program was made and now has {now}: make the "
+                    "program after the model is complete, or call reset()"
+                )
+        return submodule_pairs([(original, self.copies[name]) for name, original in self.originals.items()])
 
     @contextmanager
-    def lent(self) -> Iterator[None]:
-        """Originals hold the copies' parameters, buffers and modes inside."""
-        pairs = [
-            (original, mine)
-            for name in self.originals
-            for original, mine in zip(self.originals[name].modules(), self.copies[name].modules(), strict=True)
+    def active(self) -> Iterator[None]:
+        """Originals hold the copies' parameters, buffers and modes inside, and the store is Pyro's; re-entrant."""
+        self._depth += 1
+        try:
+            if self._depth > 1:
+                yield
+                return
+            with (
+                self._lent(),
+                pyro.get_param_store().scope(cast(Any, self.store)) as store,
+                copied_initial_values(),
+            ):
+                try:
+                    yield
+                finally:
+                    # scope() saves only on a clean exit: a fit that ends in an error keeps what it learned.
+                    store.update(pyro.get_param_store().get_state())
+        finally:
+            self._depth -= 1
+
+    @contextmanager
+    def _lent(self) -> Iterator[None]:
+        pairs = self.pairs()
+        kept = [
+            ({key: dict(held) for key, held in _held(original)}, original.training) for original, _ in pairs
         ]
-        kept = [(dict(o._parameters), dict(o._buffers), o.training) for o, _ in pairs]
         try:
             for original, mine in pairs:
-                original._parameters.update(mine._parameters)
-                original._buffers.update(mine._buffers)
+                for key, held in _held(original):
+                    _replace(held, mine.__dict__[key])
                 original.training = mine.training
             yield
         finally:
-            for (original, mine), (parameters, buffers, training) in zip(pairs, kept, strict=True):
-                # A run may replace tensors: BatchNorm its buffers, a PyroModule its parameters.
-                mine._parameters.update(original._parameters)
-                mine._buffers.update(original._buffers)
-                original._parameters.update(parameters)
-                original._buffers.update(buffers)
+            for (original, mine), (before, training) in zip(pairs, kept, strict=True):
+                for key, held in _held(original):
+                    _replace(mine.__dict__[key], held)
+                    _replace(held, before[key])
                 original.training = training
 
 
-def shared_copy(module: Any, *kept: Callable[..., Any]) -> Any:
-    """Deep copy of a guide that refers to the very models in ``kept``."""
-    return copy.deepcopy(module, {id(item): item for item in kept})
+def submodule_pairs(roots: list[tuple[nn.Module, nn.Module]]) -> list[tuple[nn.Module, nn.Module]]:
+    """Modules with their copies, submodules included; one that is in two places comes once."""
+    found = {
+        id(original): (original, mine)
+        for root, other in roots
+        for original, mine in zip(root.modules(), other.modules(), strict=True)
+    }
+    return list(found.values())
+
+
+def _held(module: nn.Module) -> list[tuple[str, dict[str, Any]]]:
+    return [(key, module.__dict__[key]) for key in _HELD if key in module.__dict__]
+
+
+def _replace(held: dict[str, Any], values: dict[str, Any]) -> None:
+    """Exactly these values: an entry that a run has added must not stay with the original."""
+    values = dict(values)
+    held.clear()
+    held.update(values)
+
+
+def shared_copy(value: Any, *kept: Any, replaced: list[tuple[Any, Any]] | None = None) -> Any:
+    """Deep copy of a guide or model that goes on referring to what it shares with others.
+
+    :param kept: objects to refer to as they are: the model that a guide runs
+    :param replaced: pairs of an object and what the copy is to refer to in its place
+    """
+    # Automatic guides keep their model in a tuple; bound methods and partials are new objects at every mention.
+    memo: dict[int, Any] = {id(item): item for item in (*kept, *getattr(value, "_model", ()))}
+    return copy.deepcopy(value, memo | {id(old): new for old, new in replaced or ()})
+
+
+@contextmanager
+def training_mode(modules: list[nn.Module], training: bool) -> Iterator[None]:
+    """Train or eval mode inside, every submodule's own mode restored after."""
+    roots = [root.training for root in modules]
+    before = {module: module.training for root in modules for module in root.modules()}
+    for root in modules:
+        root.train(training)
+    try:
+        yield
+    finally:
+        for root, mode in zip(modules, roots, strict=True):
+            root.train(mode)  # submodules made inside follow their root
+        for module, mode in before.items():
+            module.training = mode
+
+
+@contextmanager
+def kept_on_error(modules: list[nn.Module]) -> Iterator[None]:
+    """Buffers go back to what they were if an error leaves: one NaN spoils BatchNorm's statistics for good."""
+    before = [
+        (module, name, buffer, buffer.clone())
+        for root in modules
+        for module in root.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    except BaseException:
+        for module, name, buffer, value in before:
+            buffer.data.copy_(value)
+            module._buffers[name] = buffer
+        raise
+
+
+@contextmanager
+def copied_initial_values() -> Iterator[None]:
+    """Let ``pyro.param`` make parameters of copies of their initial values inside.
+
+    Pyro takes an unconstrained initial tensor itself as the parameter: training would then move a tensor in the
+    user's hands, be it a slice of the data, and a second program would start from where the first one ended. A
+    handler cannot do this, since auxiliary runs of the model are hidden from the handlers outside.
+    """
+    store = pyro.get_param_store()
+    outer = vars(store).get("setdefault")
+    inherited = store.setdefault
+
+    def setdefault(name: str, value: Any, constraint: Any = constraints.real) -> Tensor:
+        if name not in store:
+            value = _copied(value() if callable(value) else value)
+        return inherited(name, value, constraint)
+
+    vars(store)["setdefault"] = setdefault
+    try:
+        yield
+    finally:
+        if outer is None:
+            del vars(store)["setdefault"]
+        else:
+            vars(store)["setdefault"] = outer
+
+
+def _copied(value: Any) -> Any:
+    # A module's parameters are the program's own already, and must stay the module's.
+    return (
+        value.detach().clone() if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) else value
+    )

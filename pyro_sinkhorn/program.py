@@ -9,25 +9,27 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import pyro
 import torch
-from pyro import poutine
-from pyro.infer import ELBO, Predictive
-from pyro.optim.lr_scheduler import PyroLRScheduler
+from pyro.infer import ELBO
 from pyro.optim.optim import PyroOptim
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pyro_sinkhorn import snapshot, state
+from pyro_sinkhorn import optimiser, snapshot, state
 from pyro_sinkhorn.diagnostics.matching import MatchReport, match_report
-from pyro_sinkhorn.errors import NonFiniteError, ProgramError
+from pyro_sinkhorn.errors import ProgramError
 from pyro_sinkhorn.guide.auto_implicit import AutoImplicit
 from pyro_sinkhorn.losses.trace_sinkhorn import Trace_Sinkhorn
-from pyro_sinkhorn.modules import OwnedModules, find_modules, shared_copy
+from pyro_sinkhorn.modules import (
+    Owned,
+    shared_copy,
+    submodule_pairs,
+    training_mode,
+)
+from pyro_sinkhorn.reachable import find_modules
 from pyro_sinkhorn.rng import RandomStream
-from pyro_sinkhorn.runs import run_model
-from pyro_sinkhorn.structure import is_latent, sample_sites, structure_of
-from pyro_sinkhorn.training import DataScale, History, Minibatches, as_tensor, step
+from pyro_sinkhorn.sampling import encoder_draws, program_draws
+from pyro_sinkhorn.training import Epoch, History, Minibatches, Trainer, as_tensor
 
 
 class SinkhornProgram:
@@ -37,14 +39,15 @@ class SinkhornProgram:
     random stream: two programs in one process share nothing, even when made from one function, and the modules in the
     user's hands keep the weights they had. It is still callable as the model.
 
-    :param model: a Pyro program, function or module, with an observed site in a plate
+    :param model: a Pyro program, function or module, with an observed site in a plate. Of another program, its model,
+        and its guide and loss where none are given
     :param guide: a guide; default ``AutoImplicit(model)``. A module is copied; the class ``AutoImplicit``, or a
         ``functools.partial`` of it, is called with the model
     :param loss: default ``Trace_Sinkhorn()``
     :param encoder: for the default guide, see :class:`~pyro_sinkhorn.AutoImplicit`
     :raises ProgramError: where these do not fit together
 
-    >>> import pyro.distributions as dist
+    >>> import pyro, pyro.distributions as dist
     >>> def model(x):
     ...     with pyro.plate("data", len(x)):
     ...         z = pyro.sample("z", dist.Dirichlet(torch.ones(3)))
@@ -67,46 +70,57 @@ class SinkhornProgram:
         *,
         encoder: nn.Module | None = None,
     ) -> None:
-        if isinstance(model, SinkhornProgram):
-            model = model.model
-        if not callable(model):
-            raise ProgramError(f"the model is a {type(model).__name__}: expected a callable Pyro program")
         if encoder is not None and guide is not None:
             raise ProgramError("give either a guide or an encoder for the default guide, not both")
-        self.model = model
-        self._guide_given = functools.partial(AutoImplicit, encoder=encoder) if guide is None else guide
-        self._loss_given = Trace_Sinkhorn() if loss is None else loss
+        if isinstance(model, SinkhornProgram):
+            guide = model._guide_given if guide is None and encoder is None else guide
+            loss = model._loss_given if loss is None else loss
+            model = model.model
+        guide = functools.partial(AutoImplicit, encoder=encoder) if guide is None else guide
+        for role, given in (("model", model), ("guide", guide)):
+            if not callable(given):
+                raise ProgramError(
+                    f"the {role} is a {type(given).__name__}: expected a callable Pyro program"
+                )
+        loss = Trace_Sinkhorn() if loss is None else loss
+        if isinstance(loss, type) or not hasattr(loss, "loss_and_grads"):
+            raise ProgramError(
+                f"the loss is {loss!r}: expected an instance of a loss, such as Trace_Sinkhorn()"
+            )
+        self.model: Callable[..., Any] = model
+        self._guide_given: Any = guide
+        self._loss_given: Any = loss
         functools.update_wrapper(self, model, updated=())
         self.reset()
 
     def reset(self) -> SinkhornProgram:
         """Back to the state before any ``fit``: modules copied anew from the user's, parameters and history gone."""
-        guide = self._guide_given
-        if _is_factory(guide):
-            guide = guide(self.model)
-        self.guide: Any = shared_copy(guide, self.model) if isinstance(guide, nn.Module) else guide
-        given = self._loss_given
-        self.loss: Any = given.fresh() if isinstance(given, Trace_Sinkhorn) else copy.deepcopy(given)
+        guide = self._guide_given(self.model) if _is_factory(self._guide_given) else self._guide_given
         found = find_modules(self.model)
-        if not isinstance(self.guide, nn.Module):
-            known = {id(module) for module in found.values()}
-            found |= {f"guide.{n}": m for n, m in find_modules(self.guide).items() if id(m) not in known}
-        self._owned = OwnedModules(found)
-        self.store: dict[str, Any] = {"params": {}, "constraints": {}}
+        known = {id(module) for module in found.values()}
+        if isinstance(guide, nn.Module):
+            known |= {id(module) for module in guide.modules()}
+        found |= {f"guide.{name}": m for name, m in find_modules(guide).items() if id(m) not in known}
+        self.owned = Owned(found)
+        if isinstance(guide, nn.Module):
+            # A decoder that the guide holds too is the program's decoder.
+            guide = shared_copy(guide, replaced=[*self.owned.pairs(), (self.model, self.model)])
+        self.guide: Any = guide
+        loss = self._loss_given
+        self.loss: Any = loss.fresh() if isinstance(loss, Trace_Sinkhorn) else copy.deepcopy(loss)
         self.optim: PyroOptim | None = None
         self.pending_optim: dict[str, Any] = {}
         self.stream: RandomStream | None = None
         self.history = History()
-        self.order: Tensor | None = None
+        self.epoch = Epoch()
         self.num_steps = 0
         self.device: torch.device | None = None
-        self._depth = 0
         return self
 
     @property
     def modules(self) -> dict[str, nn.Module]:
         """This program's own copies of the modules that the model refers to, trained weights included."""
-        return self._owned.copies
+        return self.owned.copies
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model, with this program's parameters."""
@@ -116,26 +130,15 @@ class SinkhornProgram:
     @contextmanager
     def active(self) -> Iterator[None]:
         """Make this program's modules and parameter store the current ones inside."""
-        self._depth += 1
-        try:
-            if self._depth > 1:
-                yield
-                return
-            with self._owned.lent(), pyro.get_param_store().scope(self.store) as store:
-                try:
-                    yield
-                finally:
-                    # scope() saves only on a clean exit: a fit that ends in an error keeps what it learned.
-                    store.update(pyro.get_param_store().get_state())
-        finally:
-            self._depth -= 1
+        with self.owned.active():
+            yield
 
     def fit(
         self,
         *args: Any,
         num_steps: int = 2000,
         batch_size: int | None = 256,
-        lr: float = 1e-3,
+        lr: float | None = None,
         optim: PyroOptim | None = None,
         seed: int | None = None,
         device: torch.device | str | None = None,
@@ -147,8 +150,8 @@ class SinkhornProgram:
         :param args: arguments of the model, arrays or tensors; those as long as the first one are cut into minibatches
         :param num_steps: optimiser steps
         :param batch_size: data a step; None passes everything, as models that sub-sample by themselves need
-        :param lr: learning rate of the default optimiser, Adam
-        :param optim: a Pyro optimiser instead; schedulers are stepped every step
+        :param lr: learning rate of the default optimiser, Adam: 1e-3 at first, then what it was
+        :param optim: a Pyro optimiser instead, which starts afresh; schedulers are stepped every step
         :param seed: seed of the program's random stream; by default it continues, or at first follows torch's
         :param device: move modules and data there
         :param progress: show a bar with the per-datum loss, reconstruction and match
@@ -156,61 +159,58 @@ class SinkhornProgram:
         :raises ProgramError: model, guide and data do not fit together
         :raises NonFiniteError: NaN or infinity; the program keeps the state of the last good step
         """
+        if num_steps < 0:
+            raise ProgramError(f"num_steps is {num_steps}: expected a number of at least 0")
+        args, kwargs = self._inputs(args, kwargs, device)
+        batches = Minibatches(args, kwargs, batch_size, self.epoch)
+        self.optim = optimiser.choose(self.optim, self.pending_optim, optim, lr)
+        self.pending_optim = {}
         if device is not None:
             self.to(device)
         if seed is not None or self.stream is None:
             self.stream = RandomStream(seed)
-        self._choose_optim(optim, lr)
-        args, kwargs = self._inputs(args, kwargs)
-        batches = Minibatches(args, kwargs, batch_size, self.order)
         with self.stream.active(), self.active():
-            model = self._scaled(batches)
+            modules = [*self.owned.originals.values(), *self._all_modules()]
+            trainer = Trainer(self.model, self.guide, self.loss, self.optim, batches, modules)
             with tqdm(total=num_steps, disable=not progress, desc=self._name(), unit="step") as bar:
-                for _ in range(num_steps):
-                    batch_args, batch_kwargs = batches.draw()
-                    self.order = batches.order
-                    try:
-                        step(self.loss, model, self.guide, self.optim, batch_args, batch_kwargs)
-                    except NonFiniteError as error:
-                        raise NonFiniteError(
-                            f"step {self.num_steps}: {error}. The program keeps the state of the step before"
-                        ) from error
-                    if isinstance(self.optim, PyroLRScheduler):
-                        self.optim.step()
+                for i in range(num_steps):
+                    self.history.append(trainer.step(self.num_steps))
                     self.num_steps += 1
-                    self._record(bar)
+                    bar.update()
+                    if i % 10 == 9 or i == num_steps - 1:
+                        self.history.show_last(bar)
         return self
 
-    def encode(self, *args: Any, num_samples: int = 1, seed: int | None = None, **kwargs: Any) -> dict[str, Tensor]:
+    def encode(
+        self, *args: Any, num_samples: int = 1, seed: int | None = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
         """Latents that the guide makes of data: ``{site: (num_samples, *plates, *event)}``, Predictive's shapes.
 
         These are draws of the encoder, which matching the prior does not make a posterior.
         """
-        if num_samples < 1:
-            raise ProgramError(f"num_samples is {num_samples}: expected at least 1")
         args, kwargs = self._inputs(args, kwargs)
-        draws: list[dict[str, Tensor]] = []
         with self._evaluating(seed):
-            for _ in range(num_samples):
-                trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
-                draws.append({name: s["value"] for name, s in sample_sites(trace) if is_latent(s)})
-        return {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
+            return encoder_draws(self.guide, num_samples, args, kwargs)
 
-    def generate(self, num_samples: int, *args: Any, seed: int | None = None, **kwargs: Any) -> dict[str, Tensor]:
+    def generate(
+        self, num_samples: int, *args: Any, seed: int | None = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
         """Draws from the program with its learned parameters: ``{site: (num_samples, *plates, *event)}``.
 
         The arguments give plate sizes and covariates; observed sites are sampled like all others.
         """
         args, kwargs = self._inputs(args, kwargs)
         with self._evaluating(seed):
-            predictive = Predictive(poutine.uncondition(self.model), num_samples=num_samples)
-            return dict(predictive(*args, **kwargs))
+            return program_draws(self.model, num_samples, args, kwargs)
 
-    def diagnose(self, *args: Any, num_floor: int = 20, seed: int | None = None, **kwargs: Any) -> MatchReport:
+    def diagnose(
+        self, *args: Any, num_floor: int = 20, seed: int | None = None, **kwargs: Any
+    ) -> MatchReport:
         """Print and return a table: reconstruction, match of each group against its noise floor, encoder variance."""
         args, kwargs = self._inputs(args, kwargs)
+        loss = self.loss if isinstance(self.loss, Trace_Sinkhorn) else None
         with self._evaluating(seed):
-            report = match_report(self.model, self.guide, *args, loss=self.loss, num_floor=num_floor, **kwargs)
+            report = match_report(self.model, self.guide, *args, loss=loss, num_floor=num_floor, **kwargs)
         print(report)
         return report
 
@@ -219,16 +219,22 @@ class SinkhornProgram:
         self.device = torch.device(device)
         for module in self._all_modules():
             module.to(self.device)
-        for parameter in self.store["params"].values():
+        for parameter in self.owned.store["params"].values():
             parameter.data = parameter.data.to(self.device)
+        if self.optim is not None:
+            optimiser.move(self.optim, self.device)
         return self
 
     def clone(self) -> SinkhornProgram:
         """An independent program with equal state."""
         other = SinkhornProgram(self.model, self._guide_given, self._loss_given)
         if isinstance(self.guide, nn.Module):
-            other.guide = shared_copy(self.guide, self.model)
+            # Networks that the guide has made at its first call are not in the one that was given.
+            pairs = [(mine, other.modules[name]) for name, mine in self.modules.items()]
+            other.guide = shared_copy(self.guide, self.model, replaced=submodule_pairs(pairs))
         snapshot.restore(other, state.detached(snapshot.take(self)))
+        other._continue_with(self.optim)
+        other.device = self.device
         return other
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -253,12 +259,27 @@ class SinkhornProgram:
         :raises ValueError: a damaged or foreign file, or modules that differ from the saved ones
         """
         saved = state.read(path)
-        program = cls(model, guide, loss or snapshot.make_loss(saved), encoder=encoder)
+        loss = snapshot.make_loss(saved) if loss is None else loss
+        program = cls(model, guide, loss, encoder=encoder)
+        snapshot.check_loss(program, saved)
         snapshot.restore(program, saved)
         return program if device is None else program.to(device)
 
     def __reduce__(self) -> Any:
-        return snapshot.reduce(self)
+        return SinkhornProgram._rebuild, snapshot.pickled_parts(self)
+
+    @classmethod
+    def _rebuild(
+        cls, reference: Any, guide: Any, loss: Any, optim: Any, saved: dict[str, Any]
+    ) -> SinkhornProgram:
+        """The inverse of pickling; always a new program, never the one that the name stands for."""
+        program = cls(snapshot.referred(reference), guide, loss)
+        snapshot.restore(program, saved)
+        program._continue_with(optim)
+        return program
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SinkhornProgram:
+        return self.clone()
 
     def __repr__(self) -> str:
         guide = getattr(self.guide, "__name__", type(self.guide).__name__)
@@ -267,27 +288,22 @@ class SinkhornProgram:
     def _name(self) -> str:
         return getattr(self.model, "__name__", type(self.model).__name__)
 
-    def _choose_optim(self, optim: PyroOptim | None, lr: float) -> None:
+    def _continue_with(self, optim: PyroOptim | None) -> None:
+        """Go on as another program that had this optimiser and this program's state."""
         if optim is not None:
-            self.optim = copy.deepcopy(optim)
-        elif self.optim is None:
-            self.optim = pyro.optim.Adam({"lr": lr})
-        if self.pending_optim and self.optim is not None:
-            saved, self.pending_optim = self.pending_optim, {}
-            if saved["class"] == snapshot.optim_class(self.optim):
-                self.optim.set_state(saved["state"])
-            elif optim is None:
-                raise ProgramError(
-                    f"the saved state continues a {saved['class']}, not the default Adam: pass one as optim="
-                )
+            self.optim = optimiser.choose(None, self.pending_optim, optim, None)
+            self.pending_optim = {}
 
     def _all_modules(self) -> list[nn.Module]:
-        return [*self._owned.copies.values(), *([self.guide] if isinstance(self.guide, nn.Module) else [])]
+        return [*self.owned.copies.values(), *([self.guide] if isinstance(self.guide, nn.Module) else [])]
 
-    def _inputs(self, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _inputs(
+        self, args: Any, kwargs: Any, device: torch.device | str | None = None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        place = self.device if device is None else torch.device(device)
         return (
-            tuple(as_tensor(value, self.device) for value in args),
-            {name: as_tensor(value, self.device) for name, value in kwargs.items()},
+            tuple(as_tensor(value, place) for value in args),
+            {name: as_tensor(value, place) for name, value in kwargs.items()},
         )
 
     @contextmanager
@@ -296,41 +312,10 @@ class SinkhornProgram:
             if seed is not None:
                 stack.enter_context(RandomStream(seed).active())
             # Before the modules are lent, so that the originals borrow the mode as well.
-            stack.enter_context(_mode(self._all_modules(), training=False))
+            stack.enter_context(training_mode(self._all_modules(), training=False))
             stack.enter_context(self.active())
             stack.enter_context(torch.no_grad())
             yield
-
-    def _scaled(self, batches: Minibatches) -> Callable[..., Any]:
-        """The model, its data scaled up to the whole data set where globals make the scale matter."""
-        with torch.random.fork_rng(devices=[]):  # a look at the model must not shift what follows
-            structure = structure_of(run_model(self.model, *batches.at(torch.arange(batches.batch_size))))
-        sub_sampled = [plate for plate in structure.data_plates if plate.size != plate.full_size]
-        if batches.whole or not structure.globals:
-            if sub_sampled and not batches.whole:
-                plate = sub_sampled[0]
-                raise ProgramError(
-                    f"plate {plate.name!r} sub-samples {plate.size} of {plate.full_size} by itself: pass the whole "
-                    "data with batch_size=None"
-                )
-            return self.model
-        scale = DataScale({plate.name for plate in structure.data_plates}, batches.n / batches.batch_size)
-        return scale(self.model)
-
-    def _record(self, bar: Any) -> None:
-        terms = getattr(self.loss, "terms", None)
-        if terms is None:
-            bar.update()
-            return
-        self.history.append(terms)
-        bar.update()
-        if self.num_steps % 10 == 0 or bar.n == bar.total:
-            bar.set_postfix(
-                loss=f"{terms.loss:.3f}",
-                reconstruction=f"{terms.reconstruction:.3f}",
-                match=f"{sum(terms.match.values()):.4f}",
-                refresh=False,
-            )
 
 
 def sinkhorn_infer(model: Callable[..., Any] | None = None, **options: Any) -> Any:
@@ -338,7 +323,7 @@ def sinkhorn_infer(model: Callable[..., Any] | None = None, **options: Any) -> A
 
     :param options: arguments of :class:`SinkhornProgram`
 
-    >>> import pyro.distributions as dist
+    >>> import pyro, pyro.distributions as dist
     >>> @sinkhorn_infer(loss=Trace_Sinkhorn(prior_weight=30.0))
     ... def program(x):
     ...     with pyro.plate("data", len(x)):
@@ -355,16 +340,3 @@ def sinkhorn_infer(model: Callable[..., Any] | None = None, **options: Any) -> A
 def _is_factory(guide: Any) -> bool:
     function = guide.func if isinstance(guide, functools.partial) else guide
     return isinstance(function, type) and issubclass(function, nn.Module)
-
-
-@contextmanager
-def _mode(modules: list[nn.Module], training: bool) -> Iterator[None]:
-    """Train or eval mode inside, every submodule's own mode restored after."""
-    before = {module: module.training for root in modules for module in root.modules()}
-    for root in modules:
-        root.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in before.items():
-            module.training = mode

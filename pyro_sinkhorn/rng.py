@@ -68,3 +68,11 @@ class RandomStream:
         """Continue where :meth:`state` was taken."""
         self.generator.set_state(state["cpu"])
         self.cuda_state = state.get("cuda")
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Whatever is drawn inside, the global random state goes on from where it was."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        yield

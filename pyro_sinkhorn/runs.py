@@ -18,6 +18,8 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from pyro_sinkhorn.explain import explained
+
 
 class _Stop(Exception):
     """Raised after the last site of interest to leave the model."""
@@ -90,7 +92,7 @@ def run_model(
     """
     names = set(stop_after)
     with poutine.block(), preserved_buffers(), torch.set_grad_enabled(grad and torch.is_grad_enabled()):
-        with poutine.trace() as tracer, _Substitute(values or {}):
+        with poutine.trace() as tracer, _Substitute(values or {}), explained("model", tracer.trace, args, kwargs):
             try:
                 if names:
                     with _StopAfter(names):

@@ -1,54 +1,66 @@
-"""Taking and restoring the state of a program, and rebuilding one from a pickle."""
+"""Taking and restoring the state of a program, and how a pickle refers to one."""
 
 from __future__ import annotations
 
 import importlib
 import pickle
+import types
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import pyro
 import torch
+from pyro.nn import PyroModule, PyroParam
 from torch import nn
 
-from pyro_sinkhorn import state
+from pyro_sinkhorn import optimiser, state
 from pyro_sinkhorn.losses.trace_sinkhorn import Trace_Sinkhorn
-from pyro_sinkhorn.modules import shared_copy
+from pyro_sinkhorn.modules import Owned, shared_copy
 from pyro_sinkhorn.rng import RandomStream
-from pyro_sinkhorn.training import History
-
-if TYPE_CHECKING:
-    from pyro_sinkhorn.program import SinkhornProgram
+from pyro_sinkhorn.training import Epoch, History
 
 
-def take(program: SinkhornProgram) -> dict[str, Any]:
-    """Everything a program has learned, as tensors, numbers and strings."""
-    guide = program.guide.state_dict() if isinstance(program.guide, nn.Module) else {}
-    held = {id(p) for module in [*program.modules.values(), program.guide] if isinstance(module, nn.Module) for p in module.parameters()}
-    with program.active():
+class Fitted(Protocol):
+    """What of a :class:`~pyro_sinkhorn.SinkhornProgram` is learned or advances with training."""
+
+    guide: Any
+    loss: Any
+    owned: Owned
+    optim: Any
+    pending_optim: dict[str, Any]
+    stream: RandomStream | None
+    history: History
+    epoch: Epoch
+    num_steps: int
+
+
+def take(program: Fitted) -> dict[str, Any]:
+    """Everything a program has learned, as tensors, numbers, strings and constraints."""
+    modules = [
+        *program.owned.copies.values(),
+        *([program.guide] if isinstance(program.guide, nn.Module) else []),
+    ]
+    held = {id(parameter) for module in modules for parameter in module.parameters()}
+    with program.owned.active():
         store = pyro.get_param_store()
         # Parameters of modules travel with their modules; the store would bring them back as different tensors.
         free = {name: p for name, p in store.named_parameters() if id(p) not in held}
-        params = {
-            name: {"value": p, "constraint": state.pack_constraint(store._constraints[name])} for name, p in free.items()
-        }
+        params = {name: {"value": p, "constraint": store._constraints[name]} for name, p in free.items()}
         optim = dict(program.pending_optim)
         if program.optim is not None:
-            optim = {"class": optim_class(program.optim), "state": program.optim.get_state()}
-            optim["state"] |= program.optim._state_waiting_to_be_consumed
+            optim = {"class": optimiser.name_of(program.optim), "state": optimiser.state_of(program.optim)}
     saved: dict[str, Any] = {
         "format": state.FORMAT,
         "version": state.VERSION,
         "num_steps": program.num_steps,
-        "order": program.order,
-        "modules": {name: dict(module.state_dict()) for name, module in program.modules.items()},
-        "guide": dict(guide),
+        "epoch": vars(program.epoch),
+        "modules": {name: dict(module.state_dict()) for name, module in program.owned.copies.items()},
+        "guide": dict(program.guide.state_dict()) if isinstance(program.guide, nn.Module) else {},
         "params": params,
         "optim": optim,
         "stream": None if program.stream is None else program.stream.state(),
         "history": {
-            name: torch.tensor(getattr(program.history, name), dtype=torch.float64)
-            for name in ("loss", "reconstruction", "match")
+            name: torch.tensor(values, dtype=torch.float64) for name, values in vars(program.history).items()
         },
         "loss": {"class": type(program.loss).__name__},
     }
@@ -56,26 +68,29 @@ def take(program: SinkhornProgram) -> dict[str, Any]:
         match_state = program.loss.latent_match.state
         config = program.loss.config()
         if callable(config["cost"]):
-            config["cost"] = None
+            config["cost"] = None  # code is not saved
         saved["loss"] |= {"config": config, "units": match_state.units, "mean_costs": match_state.mean_costs}
     return state.detached(saved)
 
 
-def restore(program: SinkhornProgram, saved: dict[str, Any]) -> None:
+def restore(program: Fitted, saved: dict[str, Any]) -> None:
     """Put a state into a program that has the same code.
 
     :raises ValueError: the program's modules or their shapes differ from the saved ones
     """
-    mine, theirs = set(program.modules), set(saved["modules"])
+    mine, theirs = set(program.owned.copies), set(saved["modules"])
     if mine != theirs:
         raise ValueError(
             f"the state was saved with the modules {sorted(theirs)}, but this model refers to {sorted(mine)}: load it "
             "with the model it was saved from"
         )
-    parts = [(f"module {name!r}", program.modules[name], saved["modules"][name]) for name in sorted(theirs)]
+    parts = [
+        (f"module {name!r}", program.owned.copies[name], saved["modules"][name]) for name in sorted(theirs)
+    ]
     if isinstance(program.guide, nn.Module):
-        parts.append(("the guide", program.guide, saved["guide"]))
+        parts.append((f"the guide, a {type(program.guide).__name__},", program.guide, saved["guide"]))
     for name, module, values in parts:
+        _make_lazy_parameters(module)
         try:
             module.load_state_dict(values)
         except RuntimeError as error:
@@ -83,8 +98,8 @@ def restore(program: SinkhornProgram, saved: dict[str, Any]) -> None:
     store: dict[str, Any] = {"params": {}, "constraints": {}}
     for name, packed in saved["params"].items():
         store["params"][name] = packed["value"].clone().requires_grad_(True)
-        store["constraints"][name] = state.unpack_constraint(packed["constraint"])
-    program.store = store
+        store["constraints"][name] = packed["constraint"]
+    program.owned.store = store
     program.optim = None
     program.pending_optim = saved["optim"]
     program.stream = None
@@ -92,57 +107,78 @@ def restore(program: SinkhornProgram, saved: dict[str, Any]) -> None:
         program.stream = RandomStream(0)
         program.stream.restore(saved["stream"])
     program.history = History(**{name: values.tolist() for name, values in saved["history"].items()})
-    program.num_steps, program.order = saved["num_steps"], saved["order"]
+    program.num_steps, program.epoch = saved["num_steps"], Epoch(**saved["epoch"])
     if isinstance(program.loss, Trace_Sinkhorn) and "units" in saved["loss"]:
         match_state = program.loss.latent_match.state
         match_state.units = dict(saved["loss"]["units"])
         match_state.mean_costs = dict(saved["loss"]["mean_costs"])
 
 
-def make_loss(saved: dict[str, Any]) -> Trace_Sinkhorn:
-    """The loss that a file describes.
+def _make_lazy_parameters(module: nn.Module) -> None:
+    """A parameter declared by ``@PyroParam`` exists only from its first use on; a saved one was used."""
+    with torch.random.fork_rng(devices=[]):
+        for part in module.modules():
+            for name in dir(type(part)) if isinstance(part, PyroModule) else ():
+                if isinstance(vars(type(part)).get(name), PyroParam):
+                    getattr(part, name)
 
-    :raises ValueError: it was a class of the user's, or had a cost of the user's
-    """
+
+def make_loss(saved: dict[str, Any]) -> Trace_Sinkhorn | None:
+    """The loss that a file describes; None for a class of the user's, or one with a cost of the user's."""
     described = saved["loss"]
     if described["class"] != "Trace_Sinkhorn" or described["config"]["cost"] is None:
-        raise ValueError(
-            f"the program was saved with the loss {described['class']} and a cost or class of its own: pass loss= to load"
-        )
+        return None
     return Trace_Sinkhorn(**described["config"])
 
 
-def optim_class(optim: Any) -> str:
-    """Name of the torch optimiser that a Pyro optimiser makes."""
-    return getattr(optim.pt_optim_constructor, "__name__", type(optim).__name__)
+def check_loss(program: Fitted, saved: dict[str, Any]) -> None:
+    """A loss that the file cannot describe must have been given.
+
+    :raises ValueError: it was not
+    """
+    name = saved["loss"]["class"]
+    if type(program.loss).__name__ != name:
+        raise ValueError(
+            f"the program was saved with the loss {name}, not a {type(program.loss).__name__}: pass one as loss="
+        )
+    custom = make_loss(saved) is None and isinstance(program.loss, Trace_Sinkhorn)
+    if custom and not callable(program.loss.latent_match.options.cost):
+        raise ValueError(f"the program was saved with a {name} with a cost of its own: pass it as loss=")
 
 
-def reduce(program: SinkhornProgram) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """How to pickle a program: its model by reference, its state as tensors."""
-    guide = program._guide_given
+def pickled_parts(program: Any) -> tuple[Any, Any, Any, Any, Any]:
+    """A program for pickling: its model by reference or value, its guide, loss and optimiser as given, its state.
+
+    :raises pickle.PicklingError: a function that no other process could find
+    """
+    model, guide, loss = program.model, program._guide_given, program._loss_given
+    kind, reference = _reference(model)
+    if kind == "value":
+        # Pyro leaves weak references on parameters that it has seen; a copy is free of them.
+        reference = shared_copy(model)
     if isinstance(guide, nn.Module):
-        guide = shared_copy(guide, program.model)
-    loss = program._loss_given
+        held = [model, *(item for item in getattr(guide, "_model", ()) if item == model)]
+        guide = shared_copy(
+            guide, replaced=[(item, reference if kind == "value" else model) for item in held]
+        )
     loss = loss.fresh() if isinstance(loss, Trace_Sinkhorn) else loss
-    return rebuild, (_reference(program.model), guide, loss, take(program))
+    optim = None if program.optim is None else optimiser.blank(program.optim)
+    return (kind, reference), guide, loss, optim, take(program)
 
 
-def rebuild(reference: tuple[str, Any], guide: Any, loss: Any, saved: dict[str, Any]) -> SinkhornProgram:
-    """The inverse of :func:`reduce`; always a new program, never the one that the name stands for."""
-    from pyro_sinkhorn.program import SinkhornProgram
-
+def referred(reference: tuple[str, Any]) -> Callable[..., Any]:
+    """The model that a pickle refers to: what its name stands for now, undecorated."""
     kind, value = reference
-    model = value if kind == "object" else _resolve(*value)
-    program = SinkhornProgram(model.model if isinstance(model, SinkhornProgram) else model, guide, loss)
-    restore(program, saved)
-    return program
+    if kind == "value":
+        return value
+    found = _resolve(*value)
+    return getattr(found, "model", found) if not isinstance(found, types.FunctionType) else found
 
 
 def _reference(model: Any) -> tuple[str, Any]:
-    if isinstance(model, nn.Module):
-        # Pyro leaves weak references on parameters that it has seen; a copy is free of them.
-        return "object", shared_copy(model)
-    name = (getattr(model, "__module__", None), getattr(model, "__qualname__", None))
+    if not isinstance(model, types.FunctionType):
+        return "value", None
+    name = (model.__module__, model.__qualname__)
     try:
         found = _resolve(*name)
     except (ImportError, AttributeError, TypeError, ValueError):

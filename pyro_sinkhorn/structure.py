@@ -8,11 +8,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pyro.distributions as dist
+from pyro.distributions import constraints
 from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
@@ -79,7 +81,7 @@ def is_data(site: Site) -> bool:
     """Whether a site carries observed data: not a ``pyro.deterministic``, not a ``pyro.factor``."""
     if not site["is_observed"] or site["infer"].get("_deterministic"):
         return False
-    return not isinstance(_unmasked(site["fn"]), dist.Unit)
+    return not isinstance(innermost(site["fn"]), dist.Unit)
 
 
 def is_latent(site: Site) -> bool:
@@ -137,22 +139,35 @@ def structure_of(trace: Trace) -> Structure:
 
 
 def parameters_of(fn: Any) -> Iterator[tuple[Tensor, int]]:
-    """Parameters of a distribution with their event dimensions, transforms and base distributions included."""
+    """Parameters of a distribution, each with how many of its last dimensions are not batch dimensions of ``fn``.
+
+    Transforms, base distributions and mixture components are included. Attributes that torch computes lazily are
+    left out: they repeat others.
+    """
     if hasattr(fn, "base_dist"):
-        yield from parameters_of(fn.base_dist)
+        reinterpreted = getattr(fn, "reinterpreted_batch_ndims", 0)
+        yield from ((parameter, dims + reinterpreted) for parameter, dims in parameters_of(fn.base_dist))
         for transform in getattr(fn, "transforms", ()):
             for attribute in ("loc", "scale"):
                 parameter = getattr(transform, attribute, None)
                 if isinstance(parameter, Tensor):
-                    yield parameter, transform.domain.event_dim
+                    yield parameter, max(transform.domain.event_dim, len(fn.event_shape))
+        return
+    if hasattr(fn, "mixture_distribution"):
+        yield from parameters_of(fn.mixture_distribution)
+        yield from ((parameter, dims + 1) for parameter, dims in parameters_of(fn.component_distribution))
         return
     for attribute, constraint in getattr(fn, "arg_constraints", {}).items():
-        parameter = fn.__dict__.get(attribute)
+        # Beta keeps its concentrations inside a Dirichlet and shows them as properties.
+        shown = isinstance(inspect.getattr_static(type(fn), attribute, None), property)
+        parameter = getattr(fn, attribute) if shown else fn.__dict__.get(attribute)
         if isinstance(parameter, Tensor):
-            yield parameter, getattr(constraint, "event_dim", 0)
+            declared = 0 if constraint is constraints.dependent else getattr(constraint, "event_dim", 0)
+            yield parameter, max(declared, parameter.dim() - len(fn.batch_shape))
 
 
-def _unmasked(fn: Any) -> Any:
-    while isinstance(fn, dist.MaskedDistribution):
+def innermost(fn: Any) -> Any:
+    """The distribution under Independent, Masked and Expanded, whose type says what it is."""
+    while hasattr(fn, "base_dist") and not hasattr(fn, "transforms"):
         fn = fn.base_dist
     return fn

@@ -34,9 +34,11 @@ class Sphere(Geometry):
         super().__init__(event_shape, dim=math.prod(event_shape[:-1]) * (event_shape[-1] - 1))
 
     def head(self, raw: Tensor) -> Tensor:
-        """``raw / |raw|``; the exact origin, which has no direction, stays finite."""
-        vector = self.unflatten(raw)
-        return vector / vector.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(raw.dtype).tiny ** 0.5)
+        """``raw / |raw|``; the exact origin, which has no direction, becomes the first axis."""
+        vector, size = _of_unit_size(self.unflatten(raw))
+        first_axis = torch.nn.functional.one_hot(torch.zeros((), dtype=torch.long), vector.shape[-1]).to(vector)
+        vector = torch.where(size > 0, vector, first_axis)
+        return vector / vector.norm(dim=-1, keepdim=True)
 
     def embed(self, value: Tensor) -> Tensor:
         """The vector itself."""
@@ -54,7 +56,7 @@ class Circle(Geometry):
 
     def head(self, raw: Tensor) -> Tensor:
         """Angle in (-pi, pi]; the exact origin, where the angle has no gradient, is moved off."""
-        pair = raw.reshape(*raw.shape[:-1], *self.event_shape, 2)
+        pair, _ = _of_unit_size(raw.reshape(*raw.shape[:-1], *self.event_shape, 2))
         x, y = pair.unbind(-1)
         degenerate = (x == 0) & (y == 0)
         return torch.atan2(y, torch.where(degenerate, torch.ones_like(x), x))
@@ -63,3 +65,9 @@ class Circle(Geometry):
         """``(cos, sin)`` of every angle."""
         flat = self.flatten(value)
         return torch.cat([flat.cos(), flat.sin()], -1)
+
+
+def _of_unit_size(vector: Tensor) -> tuple[Tensor, Tensor]:
+    """Vectors over their largest entry, and that entry, detached: a direction does not depend on it, squares do."""
+    size = vector.detach().abs().amax(-1, keepdim=True)
+    return vector / torch.where(size > 0, size, torch.ones_like(size)), size

@@ -59,7 +59,11 @@ class HalfLine(Elementwise):
     def head(self, raw: Tensor) -> Tensor:
         """Exponential; clamped well inside the floating range, where e^raw would be 0 or infinite."""
         limit = 80.0 if raw.dtype != torch.float64 else 600.0
-        return self.bound + self.sign * self.unflatten(raw).clamp(-limit, limit).exp()
+        distance = self.unflatten(raw).clamp(-limit, limit).exp()
+        # Beside a bound other than 0 a small distance rounds away, and the bound itself is outside.
+        bound = torch.as_tensor(self.bound, dtype=raw.dtype, device=raw.device)
+        resolution = 2 * torch.finfo(raw.dtype).eps * bound.abs()
+        return bound + self.sign * (distance + resolution)
 
     def embed(self, value: Tensor) -> Tensor:
         """Logarithm of the distance to the bound; exact zeros are moved to the smallest normal number."""
@@ -79,8 +83,10 @@ class Interval(Elementwise):
         self.low, self.high = low, high
 
     def head(self, raw: Tensor) -> Tensor:
-        """``low + (high - low) * sigmoid(raw)``."""
-        return self.low + (self.high - self.low) * self.unflatten(raw).sigmoid()
+        """``low + (high - low) * sigmoid(raw)``, kept off the ends by the rounding there, so that open ones hold."""
+        low, high = (torch.as_tensor(end, dtype=raw.dtype, device=raw.device) for end in (self.low, self.high))
+        margin = 2 * torch.finfo(raw.dtype).eps * torch.maximum(low.abs(), high.abs())
+        return low + margin + (high - low - 2 * margin) * self.unflatten(raw).sigmoid()
 
     def embed(self, value: Tensor) -> Tensor:
         """Position between 0 and 1."""

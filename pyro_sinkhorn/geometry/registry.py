@@ -87,15 +87,23 @@ def _core(fn: Any) -> Any:
 
 
 def _unknown(fn: Any, constraint: Any, site: str | None) -> str:
-    core = type(_core(fn)).__name__
+    kind = type(_core(fn))
+    core = kind.__name__
+    said = f"pyro.distributions.{core}" if getattr(dist, core, None) is kind else core
     where = f"latent site {site!r}: " if site is not None else ""
+    if getattr(constraint, "is_discrete", False):
+        return (
+            f"{where}{core} with event shape {tuple(fn.event_shape)} has the discrete support {constraint}: it is sampled "
+            "without a gradient, so no guide could learn to place it. Sum it out of the model (for a mixture: "
+            "MixtureSameFamily as likelihood), or state a continuous prior"
+        )
     return (
         f"{where}{core} with event shape {tuple(fn.event_shape)} has the support {constraint}, for which there is no "
         f"geometry. Teach it one:\n\n"
         f"    class Mine(pyro_sinkhorn.geometry.Geometry):\n"
         f"        def head(self, raw): ...      # (..., num_raw) -> (..., *event_shape), a value in the support\n"
         f"        def embed(self, value): ...   # (..., *event_shape) -> (..., e), compared by squared distance\n\n"
-        f"    pyro_sinkhorn.register_geometry(pyro.distributions.{core}, lambda fn: Mine(fn.event_shape))"
+        f"    pyro_sinkhorn.register_geometry({said}, lambda fn: Mine(fn.event_shape))"
     )
 
 

@@ -10,19 +10,19 @@ from typing import Any, Literal
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.nn import PyroModule
+from pyro.nn import PyroModule, PyroModuleList
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
 from pyro_sinkhorn.distributions.implicit import Implicit
-from pyro_sinkhorn.errors import ProgramError
+from pyro_sinkhorn.errors import NonFiniteError, ProgramError
 from pyro_sinkhorn.geometry.registry import geometry_of
 from pyro_sinkhorn.guide.encoder import DefaultEncoder, NoiseHead
 from pyro_sinkhorn.guide.global_guide import GLOBAL_GUIDES
-from pyro_sinkhorn.guide.layout import features_of, plate_shape, place_extra_plates
+from pyro_sinkhorn.guide.layout import features_of, place_extra_plates, plate_shape, rows_of
 from pyro_sinkhorn.guide.observed import Observed, find_observed, read_observed
 from pyro_sinkhorn.guide.start import moments, stands_alone, start
-from pyro_sinkhorn.runs import run_model, subsamples
+from pyro_sinkhorn.runs import preserved_buffers, run_model, subsamples
 from pyro_sinkhorn.structure import Group, Plate, Structure, plates_of, structure_of
 
 EncoderInput = Callable[..., Tensor]
@@ -90,7 +90,7 @@ class AutoImplicit(PyroModule):
         self._global_kind = global_guide
         self.heads = nn.ModuleList()
         self.encoders = nn.ModuleList()
-        self.global_guides = nn.ModuleList()
+        self.global_guides = PyroModuleList([])  # a plain list would give parameters of all of them one name
         self._structure: Structure | None = None
         self._observed: list[Observed] = []
         self._pending_state: dict[str, Tensor] | None = None
@@ -113,7 +113,7 @@ class AutoImplicit(PyroModule):
         prior = run_model(self.model, args, kwargs, stop_after=structure.latents, grad=True)
         indices = subsamples(prior)
         inputs = read_observed(self._observed, args, kwargs, indices, lambda: self._run_observed(args, kwargs, indices))
-        self.last_inputs = inputs
+        self.last_inputs = {} if self._encoder_input is not None else inputs
         plates = {plate.name: plate for name in structure.latents for plate in plates_of(prior.nodes[name])}
         contexts = {
             plate.name: pyro.plate(
@@ -152,9 +152,7 @@ class AutoImplicit(PyroModule):
         if self.encoder is not None:
             return self._encode_by_user(group, plates, inputs, args, kwargs)
         if self._encoder_input is not None:
-            features = self._encoder_input(*args, **kwargs)
-            features = features.reshape(features.shape[0], -1) if len(plates) == 1 else features
-            features = features.reshape(*plate_shape(plates), -1)
+            features = rows_of(self._encoder_input(*args, **kwargs), plates, group.name)
         else:
             features = features_of(self._observed, inputs, plates)
         # A nested group sees what the groups around it saw: the document of the word.
@@ -217,7 +215,12 @@ class AutoImplicit(PyroModule):
                 column += n_raw
                 if name in self._relative:
                     found = moments(fn, geometry)
-                    assert found is not None
+                    if found is None:
+                        raise NonFiniteError(
+                            f"latent site {name!r}: the mean or standard deviation of its prior is NaN, infinite or zero "
+                            "in this batch, though not in the first: the covariates are, or the network that makes the "
+                            "prior diverged"
+                        )
                     part = found[0] + found[1] * part
                 value = geometry.head(part.to(prior.nodes[name]["value"].dtype))
                 with _entered(contexts, [plate.name for plate in extra]):
@@ -283,7 +286,7 @@ class AutoImplicit(PyroModule):
         factory = {"device": value.device, "dtype": value.dtype if value.is_floating_point() else None}
         if self.encoder is None:
             if self._encoder_input is not None:
-                features = self._encoder_input(*args, **kwargs).reshape(*plate_shape(group.plates), -1)
+                features = rows_of(self._encoder_input(*args, **kwargs), group.plates, group.name)
             else:
                 features = features_of(self._observed, inputs, group.plates)
             encoder = DefaultEncoder(features.shape[-1]).to(**factory)
@@ -291,7 +294,8 @@ class AutoImplicit(PyroModule):
             encoder.standardise.fit(features.flatten(0, -2))
             self.encoders.append(encoder)
         self._structure = structure
-        code = self._encode(i, group, group.plates, inputs, coarse, args, kwargs)
+        with preserved_buffers():
+            code = self._encode(i, group, group.plates, inputs, coarse, args, kwargs)
         coarse.append((group.plates, code))
         names = {plate.name for plate in group.plates}
         locs, scales = [], []

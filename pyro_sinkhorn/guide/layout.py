@@ -22,12 +22,14 @@ def features_of(observed: list[Observed], values: dict[str, Tensor], plates: tup
     """Numbers that an encoder of these plates reads, ``(*plate_shape, n_features)``.
 
     An observed site in more plates than these is flattened along the others (all words of a document); one in
-    fewer is repeated.
+    fewer is repeated; one in none of them belongs to another data set and is not read.
     """
     shape = plate_shape(plates)
-    keep = {plate.dim for plate in plates}
+    keep, names = {plate.dim for plate in plates}, {plate.name for plate in plates}
     columns = []
     for site in observed:
+        if names.isdisjoint(plate.name for plate in site.plates):
+            continue
         value = values[site.name]
         if not value.is_floating_point():
             value = value.to(torch.get_default_dtype())
@@ -50,6 +52,23 @@ def features_of(observed: list[Observed], values: dict[str, Tensor], plates: tup
                 )
         columns.append(laid_out.expand(*shape, laid_out.shape[-1]))
     return torch.cat(columns, -1)
+
+
+def rows_of(value: Tensor, plates: tuple[Plate, ...], group: str) -> Tensor:
+    """What the user's ``encoder_input`` returned, laid out like :func:`features_of`.
+
+    :raises ProgramError: its first dimensions are not those of the plates
+    """
+    ordered = sorted(plates, key=lambda plate: plate.dim)
+    sizes = tuple(plate.size for plate in ordered)
+    if not isinstance(value, Tensor) or tuple(value.shape[: len(sizes)]) != sizes:
+        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise ProgramError(
+            f"latent group ({group}): encoder_input returned {got}; expected a tensor whose first dimensions are {sizes}, "
+            f"the slices of the plates {[plate.name for plate in ordered]} in this call. A model that sub-samples by itself "
+            "needs no encoder_input: its observed values are read under the sub-sample"
+        )
+    return value.reshape(*plate_shape(plates), -1)
 
 
 def place_extra_plates(raw: Tensor, extra: list[Plate]) -> Tensor:

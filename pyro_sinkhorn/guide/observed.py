@@ -7,7 +7,7 @@ one of these explains the first run, later values are read off the arguments.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,8 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from pyro_sinkhorn.explain import Path, tensors_of
 from pyro_sinkhorn.structure import Plate, Structure, plates_of
-
-Path = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ def find_observed(
     found = []
     for name in structure.data:
         site = trace.nodes[name]
-        source = _source(site["value"], dict(_tensors(args, kwargs)), indices, plates_of(site))
+        source = _source(site["value"], dict(tensors_of(args, kwargs)), indices, plates_of(site))
         found.append(Observed(name, len(site["fn"].event_shape), plates_of(site), source))
     return found
 
@@ -60,7 +59,7 @@ def read_observed(
     run: Callable[[], Trace],
 ) -> dict[str, Tensor]:
     """Current values of the observed sites; ``run`` runs the model where an argument does not tell."""
-    tensors = dict(_tensors(args, kwargs))
+    tensors = dict(tensors_of(args, kwargs))
     values: dict[str, Tensor] = {}
     trace: Trace | None = None
     for site in observed:
@@ -78,17 +77,6 @@ def read_observed(
         else:
             values[site.name] = argument
     return values
-
-
-def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Path, Tensor]]:
-    """Tensors among the arguments, one level of containers deep."""
-    for key, value in [*enumerate(args), *kwargs.items()]:
-        if isinstance(value, Tensor):
-            yield (key,), value
-        elif isinstance(value, (tuple, list)):
-            yield from (((key, i), v) for i, v in enumerate(value) if isinstance(v, Tensor))
-        elif isinstance(value, dict):
-            yield from (((key, k), v) for k, v in value.items() if isinstance(v, Tensor))
 
 
 def _source(value: Tensor, tensors: dict[Path, Tensor], indices: dict[str, Tensor], plates: tuple[Plate, ...]) -> Source:

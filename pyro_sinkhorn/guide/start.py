@@ -39,8 +39,8 @@ def moments(fn: Any, geometry: Geometry) -> tuple[Tensor, Tensor] | None:
 
 def stands_alone(first: Trace, second: Trace, name: str) -> bool:
     """Whether the prior of a site is the same in two runs that share globals and sub-samples but no local latent."""
-    pairs = zip(parameters_of(first.nodes[name]["fn"]), parameters_of(second.nodes[name]["fn"]), strict=True)
-    return all(a.shape == b.shape and bool(torch.equal(a, b)) for (a, _), (b, _) in pairs)
+    one, two = ([p for p, _ in parameters_of(trace.nodes[name]["fn"])] for trace in (first, second))
+    return len(one) == len(two) and all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
 def start(name: str, draws: list[Trace]) -> tuple[Tensor, Tensor]:

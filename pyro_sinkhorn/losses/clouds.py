@@ -106,10 +106,8 @@ def varying_parameters(constant: Trace, group: Group) -> Tensor | None:
     found = []
     for name in group.sites:
         site = constant.nodes[name]
-        event_dim = len(site["fn"].event_shape)
-        for parameter, own_dims in parameters_of(site["fn"]):
-            dims = max(event_dim, own_dims) if own_dims else event_dim
-            batch = parameter.shape[: parameter.dim() - dims]
+        for parameter, dims in parameters_of(site["fn"]):
+            batch = parameter.shape[: max(parameter.dim() - dims, 0)]
             if all(-plate.dim > len(batch) or batch[plate.dim] == 1 for plate in group.plates):
                 continue
             columns = parameter.detach().reshape(*batch, -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from pyro_sinkhorn.geometry.registry import geometry_of
 from pyro_sinkhorn.losses.clouds import Cloud, embedded, make_cloud, slices, varying_parameters
 from pyro_sinkhorn.losses.matching import MatchOptions, MatchState, gather, match, mean_cost
 from pyro_sinkhorn.losses.prior import constant_trace, prior_trace, reference_rows, warn_if_gradient_lost
-from pyro_sinkhorn.structure import Group, Structure
+from pyro_sinkhorn.structure import Group, Structure, plates_of
 
 Grouping = Literal["joint", "marginal"]
 
@@ -166,6 +167,9 @@ class LatentMatch:
         for name in (*carried, *group.sites):
             if name not in self.state.units:
                 pooled = reference_rows(call.prior, first, lambda trace, n=name: embedded(trace, n, group.plates))
-                self.state.units[name] = geometry_of(first.nodes[name]["fn"], name).unit(pooled)
+                unit = geometry_of(first.nodes[name]["fn"], name).unit(pooled)
+                # One number for all columns would weigh a site in a plate inside the datum as if there were one of it.
+                copies = math.prod(p.size for p in plates_of(first.nodes[name]) if p not in group.plates)
+                self.state.units[name] = unit if unit.dim() else unit / math.sqrt(copies)
         pooled = reference_rows(call.prior, first, lambda trace: self._coordinates(trace, group, carried))
         self.state.mean_costs[group.name] = mean_cost(self.options.cost, pooled)

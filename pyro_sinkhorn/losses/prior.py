@@ -29,13 +29,7 @@ def prior_trace(
     :raises ProgramError: the prior cannot be sampled, or a latent of the scored trace did not appear
     """
     values = {name: scored.nodes[name]["value"] for name in structure.globals} | subsamples(scored)
-    try:
-        trace = run_model(model, args, kwargs, values=values, stop_after=structure.locals, grad=True)
-    except NotImplementedError as error:
-        raise ProgramError(
-            f"the prior cannot be sampled: {error or type(error).__name__} (latent sites {list(structure.locals)}). "
-            "Give the site a distribution that implements sample()"
-        ) from error
+    trace = run_model(model, args, kwargs, values=values, stop_after=structure.locals, grad=True)
     missing = [name for name in structure.locals if name not in trace.nodes]
     if missing:
         raise ProgramError(

@@ -7,13 +7,16 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.infer.util import is_validation_enabled
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_struct import Trace
 from pyro.util import check_site_shape
 from torch import Tensor
 
 from pyro_sinkhorn.distributions.implicit import Implicit
 from pyro_sinkhorn.errors import NonFiniteError, ProgramError
-from pyro_sinkhorn.structure import Site, Structure, is_data, is_latent, plates_of, sample_sites
+from pyro_sinkhorn.explain import bad_rows, explained
+from pyro_sinkhorn.structure import Site, Structure, innermost, is_data, is_latent, plates_of, sample_sites
 
 
 def check_guide(guide: Trace, structure: Structure) -> None:
@@ -37,7 +40,7 @@ def check_guide(guide: Trace, structure: Structure) -> None:
     for name in structure.locals:
         if not getattr(produced[name]["fn"], "has_rsample", False):
             raise ProgramError(
-                f"guide site {name!r} is a {type(produced[name]['fn']).__name__}, which is sampled without a gradient "
+                f"guide site {name!r} is a {_kind(produced[name]['fn'])}, which is sampled without a gradient "
                 "(has_rsample is False): use Implicit, Delta or a reparametrised distribution"
             )
     for name in structure.globals:
@@ -58,20 +61,31 @@ def check_supports(model: Trace, structure: Structure) -> None:
         return
     for name in structure.locals:
         site = model.nodes[name]
-        value, fn = site["value"], site["fn"]
-        event_shape = value.shape[value.dim() - len(fn.event_shape) :]
-        if event_shape != fn.event_shape:
-            raise ProgramError(
-                f"latent site {name!r}: the guide gives values of event shape {tuple(event_shape)} (full shape "
-                f"{tuple(value.shape)}) where the prior, a {type(fn).__name__}, has {tuple(fn.event_shape)}"
-            )
-        support = fn.support
+        value, support = site["value"], site["fn"].support
         inside = support.check(_renormalised(value.detach(), support))
         if not bool(inside.all()):
             raise ProgramError(
                 f"latent site {name!r}: {int((~inside).sum())} of {inside.numel()} guide values of shape "
                 f"{tuple(value.shape)} lie outside the prior's support, {support}: transform them, or let AutoImplicit "
                 "choose the head"
+            )
+
+
+def check_inputs(read: dict[str, Tensor], model: Trace) -> None:
+    """What the encoder read must be what the model observed.
+
+    :param read: values of the observed sites that the guide read, by name
+    :raises ProgramError: they differ
+    """
+    for name, value in read.items():
+        observed = model.nodes[name]["value"]
+        if value is observed:
+            continue
+        if value.shape != observed.shape or bool(((value != observed) & ~(value.isnan() & observed.isnan())).any()):
+            raise ProgramError(
+                f"observed site {name!r}: AutoImplicit read a value of shape {tuple(value.shape)} off the model's "
+                f"arguments, where an earlier call had the data, but the model now observes another one, of shape "
+                f"{tuple(observed.shape)}: say what to read with AutoImplicit(model, encoder_input=...)"
             )
 
 
@@ -102,23 +116,47 @@ def scored_sites(trace: Trace) -> set[str]:
     return {name for name, site in sample_sites(trace) if site["is_observed"]}
 
 
-def run_scored(model: Any, guide: Trace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
-    """Trace the model with the guide's latents.
-
-    :raises NonFiniteError: where Pyro's validation finds NaN in a distribution's parameters
-    """
-    try:
-        with poutine.trace() as tracer:
-            poutine.replay(model, trace=guide)(*args, **kwargs)
-    except ValueError as error:
-        if "invalid values" not in str(error) or "nan" not in str(error):
-            raise
-        reached = [name for name, _ in sample_sites(tracer.trace)]
-        raise NonFiniteError(
-            f"the model made NaN parameters for a distribution after its sites {reached}: either the data it was given "
-            f"or the network that makes them (the decoder) is not finite. {error}"
-        ) from error
+def run_guide(guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
+    """Trace the guide; errors as in :mod:`pyro_sinkhorn.explain`."""
+    with poutine.trace() as tracer, explained("guide", tracer.trace, args, kwargs):
+        guide(*args, **kwargs)
     return tracer.trace
+
+
+def run_scored(model: Any, guide: Trace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
+    """Trace the model with the guide's latents; errors as in :mod:`pyro_sinkhorn.explain`.
+
+    :raises ProgramError: the guide's value of a site has another shape than the model's
+    """
+    with poutine.trace() as tracer, explained("model", tracer.trace, args, kwargs), _CheckShapes(guide):
+        poutine.replay(model, trace=guide)(*args, **kwargs)
+    return tracer.trace
+
+
+class _CheckShapes(Messenger):
+    """Refuse a guide's value of the wrong shape at its site, before it breaks a network further down."""
+
+    def __init__(self, guide: Trace) -> None:
+        super().__init__()
+        self.guide = guide
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        name, fn, value = msg["name"], msg["fn"], msg["value"]
+        if name not in self.guide.nodes or msg["is_observed"] or isinstance(fn, _Subsample):
+            return
+        shape, event_dim = tuple(value.shape), len(fn.event_shape)
+        if shape[max(len(shape) - event_dim, 0) :] != tuple(fn.event_shape):
+            raise ProgramError(
+                f"latent site {name!r}: the guide gives values of shape {shape}, but the prior, a {_kind(fn)}, has the "
+                f"event shape {tuple(fn.event_shape)}: the last {event_dim} dimensions must be equal to it"
+            )
+        for plate in plates_of(msg):
+            axis = len(shape) - event_dim + plate.dim
+            if axis >= 0 and shape[axis] not in (1, plate.size):
+                raise ProgramError(
+                    f"latent site {name!r}: the guide gives values of shape {shape}, of which plate {plate.name!r} of the "
+                    f"model holds {shape[axis]} slices, not its {plate.size}"
+                )
 
 
 def number_of_data(model: Trace, structure: Structure) -> float:
@@ -146,11 +184,11 @@ def blame(model: Trace, guide: Trace, structure: Structure) -> NonFiniteError | 
                 "for a diverged encoder (lower the learning rate, clip gradients)"
             )
     for name, site in sample_sites(model):
-        for attribute in getattr(_innermost(site["fn"]), "arg_constraints", {}):
-            parameter = _innermost(site["fn"]).__dict__.get(attribute)
+        for attribute in getattr(innermost(site["fn"]), "arg_constraints", {}):
+            parameter = innermost(site["fn"]).__dict__.get(attribute)
             if isinstance(parameter, Tensor) and not bool(parameter.isfinite().all()):
                 return NonFiniteError(
-                    f"site {name!r}: {attribute} of its {type(_innermost(site['fn'])).__name__}, shape "
+                    f"site {name!r}: {attribute} of its {_kind(site['fn'])}, shape "
                     f"{tuple(parameter.shape)}, is NaN or infinite though its inputs are finite: the network that "
                     "makes it (the decoder) diverged"
                 )
@@ -165,12 +203,9 @@ def _check_dtype(name: str, site: Site) -> None:
     value, fn = site["value"], site["fn"]
     if not (is_data(site) and isinstance(value, Tensor)) or value.is_floating_point():
         return
-    if not getattr(fn.support, "is_discrete", False) or type(_innermost(fn)).__name__ in (
-        "Bernoulli",
-        "ContinuousBernoulli",
-    ):
+    if not getattr(fn.support, "is_discrete", False) or _kind(fn) in ("Bernoulli", "ContinuousBernoulli"):
         raise ProgramError(
-            f"observed site {name!r}: the data are {value.dtype} where {type(_innermost(fn)).__name__} needs floating "
+            f"observed site {name!r}: the data are {value.dtype} where {_kind(fn)} needs floating "
             f"points; pass them as x.float() (shape {tuple(value.shape)})"
         )
 
@@ -180,8 +215,8 @@ def _unscored(name: str, site: Site, owner: str, error: Exception) -> str:
     kind = "observed site" if site["is_observed"] else "latent site"
     return (
         f"{kind} {name!r} of the {owner} cannot be scored: its value has shape {tuple(getattr(value, 'shape', ()))} "
-        f"and dtype {getattr(value, 'dtype', type(value).__name__)}, its {type(_innermost(fn)).__name__} batch shape "
-        f"{tuple(fn.batch_shape)} and event shape {tuple(fn.event_shape)}. {error}"
+        f"and dtype {getattr(value, 'dtype', type(value).__name__)}, its {_kind(fn)} batch shape "
+        f"{tuple(fn.batch_shape)} and event shape {tuple(fn.event_shape)}. {str(error).partition('Trace Shapes:')[0].strip()}"
     )
 
 
@@ -198,11 +233,9 @@ def _renormalised(value: Tensor, support: Any) -> Tensor:
     return value
 
 
-def _innermost(fn: Any) -> Any:
-    while hasattr(fn, "base_dist") and not hasattr(fn, "transforms"):
-        fn = fn.base_dist
-    return fn
+def _kind(fn: Any) -> str:
+    return type(innermost(fn)).__name__
 
 
 def _is_implicit(fn: Any) -> bool:
-    return isinstance(_innermost(fn), Implicit)
+    return isinstance(innermost(fn), Implicit)

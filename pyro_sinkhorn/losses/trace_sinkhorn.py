@@ -19,17 +19,21 @@ from torch import Tensor
 from pyro_sinkhorn.errors import NonFiniteError, ProgramError
 from pyro_sinkhorn.losses.latent_match import Call, LatentMatch
 from pyro_sinkhorn.losses.matching import MatchOptions
+from pyro_sinkhorn.losses.registration import warn_of_untrained
 from pyro_sinkhorn.losses.scoring import (
     blame,
     check_guide,
+    check_inputs,
     check_supports,
     log_density,
     number_of_data,
+    run_guide,
     run_scored,
     scored_sites,
 )
 from pyro_sinkhorn.ot.cost import Cost
 from pyro_sinkhorn.ot.divergence import Debias
+from pyro_sinkhorn.runs import preserved_buffers
 from pyro_sinkhorn.structure import sample_sites, structure_of
 
 
@@ -132,10 +136,13 @@ class Trace_Sinkhorn(ELBO):
             max_plate_nesting=max_plate_nesting,
             retain_graph=retain_graph,
         )
+        self._given_plate_nesting = max_plate_nesting
+        self._initial_plate_nesting = self.max_plate_nesting  # before it is guessed from a program
         self.prior_weight = prior_weight
         options = MatchOptions(debias, relative_epsilon, match_size, cost, tolerance, max_iters, backend)
         self.latent_match = LatentMatch(options, groups, num_prior_batches)
         self.terms = Terms()
+        self._checked_registration = False
 
     def config(self) -> dict[str, Any]:
         """Arguments that make an equal loss."""
@@ -145,13 +152,16 @@ class Trace_Sinkhorn(ELBO):
             "num_prior_batches": self.latent_match.num_prior_batches,
             "num_particles": self.num_particles,
             "vectorize_particles": self.vectorize_particles,
+            "max_plate_nesting": self._given_plate_nesting,
             "retain_graph": self.retain_graph,
         }
 
     def fresh(self) -> Trace_Sinkhorn:
         """A copy that has seen no prior: what another program needs."""
         other = copy.copy(self)
+        other.max_plate_nesting = self._initial_plate_nesting
         other.latent_match, other.terms = self.latent_match.fresh(), Terms()
+        other._checked_registration = False
         return other
 
     # The contract of pyro.infer.ELBO.
@@ -171,6 +181,9 @@ class Trace_Sinkhorn(ELBO):
 
     def loss_and_grads(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
         """An estimate of the loss; its gradients are added to the parameters', a particle at a time."""
+        if not self._checked_registration:
+            self._checked_registration = True
+            warn_of_untrained(model, guide, args, kwargs)
         total, terms = 0.0, []
         n = 1 if self.vectorize_particles else self.num_particles
         for loss, term in self._particles(model, guide, args, kwargs):
@@ -183,9 +196,9 @@ class Trace_Sinkhorn(ELBO):
 
     def _guess_max_plate_nesting(self, model: Any, guide: Any, args: Any, kwargs: Any) -> None:
         """As Pyro's, but scores nothing: an implicit guide has no density to score."""
-        with poutine.block(), torch.no_grad():
-            guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-            model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+        with poutine.block(), torch.no_grad(), preserved_buffers():
+            guide_trace = run_guide(guide, args, kwargs)
+            model_trace = run_scored(model, guide_trace, args, kwargs)
         dims = [
             frame.dim
             for trace in (model_trace, guide_trace)
@@ -198,7 +211,7 @@ class Trace_Sinkhorn(ELBO):
             self.max_plate_nesting += 1
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
-        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        guide_trace = run_guide(guide, args, kwargs)
         return run_scored(model, guide_trace, args, kwargs), guide_trace
 
     # The loss itself.
@@ -208,6 +221,7 @@ class Trace_Sinkhorn(ELBO):
         for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
             if self.vectorize_particles:
                 runner = self._vectorized_num_particles(model)
+            check_inputs(getattr(guide, "last_inputs", {}), model_trace)
             yield self._one(runner, model_trace, guide_trace, args, kwargs)
 
     def _one(self, model: Any, scored: Trace, guide: Trace, args: Any, kwargs: Any) -> tuple[Tensor, Terms]:

@@ -1,0 +1,176 @@
+"""Which geometry a distribution gets, and how a user teaches one."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.distributions import constraints
+from pyro.infer import SVI
+
+import pyro_sinkhorn
+from pyro_sinkhorn import AutoImplicit, Trace_Sinkhorn, register_geometry
+from pyro_sinkhorn.geometry import Circle, Geometry, HalfLine, Interval, Real, Simplex, geometry_of, registry
+
+
+@pytest.fixture(autouse=True)
+def registrations_of_a_test_end_with_it(monkeypatch):
+    monkeypatch.setattr(registry, "_BY_TYPE", dict(registry._BY_TYPE))
+    monkeypatch.setattr(registry, "_BY_SUPPORT", dict(registry._BY_SUPPORT))
+
+
+def real(fn):
+    return Real(fn.event_shape)
+
+
+def test_the_type_wins_over_the_support():
+    assert dist.VonMises.support is constraints.real
+    assert isinstance(geometry_of(dist.VonMises(0.0, 1.0)), Circle)
+    assert geometry_of(dist.Cauchy(0.0, 1.0)).heavy_tailed
+    assert not geometry_of(dist.Laplace(0.0, 1.0)).heavy_tailed
+
+
+def test_a_subclass_wins_over_its_parent():
+    class Mine(dist.Gamma):
+        pass
+
+    assert isinstance(geometry_of(Mine(1.0, 1.0)), HalfLine)
+    register_geometry(dist.Gamma, real)
+    assert isinstance(geometry_of(Mine(1.0, 1.0)), Real)
+    register_geometry(Mine, lambda fn: Interval(fn.event_shape))
+    assert isinstance(geometry_of(Mine(1.0, 1.0)), Interval)
+    assert isinstance(geometry_of(dist.Gamma(1.0, 1.0)), Real)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda d: d.to_event(1),
+        lambda d: d.mask(torch.tensor([True, False, True])),
+        lambda d: d.mask(False).to_event(1),
+        lambda d: d.expand([2, 3]),
+        lambda d: d.expand([2, 3]).to_event(2),
+        lambda d: d.expand_by([4]).mask(True),
+    ],
+)
+def test_wrappers_do_not_hide_the_type(wrap):
+    fn = wrap(dist.VonMises(torch.zeros(3), 1.0))
+    geometry = geometry_of(fn)
+    assert isinstance(geometry, Circle)
+    assert geometry.event_shape == fn.event_shape
+
+
+def test_registered_as_a_function():
+    assert register_geometry(dist.Gamma, real) is real
+    assert isinstance(geometry_of(dist.Gamma(1.0, 1.0)), Real)
+    assert isinstance(geometry_of(dist.Exponential(1.0)), HalfLine)
+
+
+def test_registered_as_a_decorator():
+    @register_geometry(dist.Gamma)
+    def gamma(fn):
+        return Real(fn.event_shape)
+
+    assert gamma(dist.Gamma(1.0, 1.0)).event_shape == ()
+    assert isinstance(geometry_of(dist.Gamma(1.0, 1.0)), Real)
+
+
+@pytest.mark.parametrize("key", [constraints.simplex, type(constraints.simplex)], ids=["instance", "class"])
+def test_registered_for_a_constraint(key):
+    register_geometry(key, real)
+    for fn in (dist.Dirichlet(torch.ones(3)), dist.Dirichlet(torch.ones(2, 3)).to_event(1)):
+        assert isinstance(geometry_of(fn), Real)
+
+
+def test_a_second_registration_replaces_the_first():
+    register_geometry(dist.Gamma, real)
+    register_geometry(dist.Gamma, lambda fn: Interval(fn.event_shape))
+    assert isinstance(geometry_of(dist.Gamma(1.0, 1.0)), Interval)
+
+
+def test_the_factory_sees_the_distribution_as_the_model_states_it():
+    seen = []
+    register_geometry(dist.Gamma, lambda fn: seen.append(fn) or Real(fn.event_shape))
+    fn = dist.Gamma(1.0, 1.0).expand([2]).to_event(1)
+    geometry_of(fn)
+    assert seen[0] is fn
+
+
+@pytest.mark.parametrize("key", ["positive", 3, dist.Gamma(1.0, 1.0), torch.nn.Linear], ids=repr)
+def test_what_is_neither_distribution_nor_constraint_is_refused(key):
+    with pytest.raises(TypeError, match="expected a distribution class such as .* or a constraint such as"):
+        register_geometry(key, real)
+
+
+def test_an_unknown_support_names_the_site_and_the_way_out():
+    with pytest.raises(ValueError) as error:
+        geometry_of(dist.LKJCholesky(3, 1.0), "rho")
+    text = str(error.value)
+    assert text.startswith("latent site 'rho': LKJCholesky with event shape (3, 3) has the support CorrCholesky()")
+    assert "register_geometry(pyro.distributions.LKJCholesky" in text
+    with pytest.raises(ValueError, match="^LKJCholesky with event shape"):
+        geometry_of(dist.LKJCholesky(3, 1.0))
+
+
+def test_a_distribution_of_the_users_own_is_not_looked_for_in_pyro():
+    class Own(dist.LKJCholesky):
+        pass
+
+    with pytest.raises(ValueError, match=r"register_geometry\(Own, lambda"):
+        geometry_of(Own(3, 1.0))
+
+
+@pytest.mark.parametrize(
+    "fn", [dist.Bernoulli(0.5), dist.Categorical(torch.ones(3)), dist.OneHotCategorical(torch.ones(3)), dist.Poisson(2.0)]
+)
+def test_a_discrete_latent_is_told_so_instead_of_how_to_embed_it(fn):
+    with pytest.raises(ValueError, match="latent site 'k': .* has the discrete support .* Sum it out") as error:
+        geometry_of(fn, "k")
+    assert "register_geometry" not in str(error.value)
+
+
+def model(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.LKJCholesky(2, 1.0))
+        pyro.sample("x", dist.Normal(z[..., 1, :], 0.1).to_event(1), obs=x)
+
+
+def test_the_recipe_of_the_error_works_when_followed():
+    x = dist.LKJCholesky(2, 1.0).sample((16,))[:, 1]
+    with pytest.raises(ValueError) as error:
+        AutoImplicit(model)(x)
+    _, _, recipe = str(error.value).partition("Teach it one:\n\n")
+    recipe = recipe.partition("Trace Shapes:")[0].replace("\n    ", "\n").strip()
+    # Fill in the two bodies: a correlation of two variables is one number.
+    for heading, body in [
+        (
+            "def head(self, raw): ...",
+            "def head(self, raw):\n"
+            "        c, s = raw[..., 0].tanh(), 1 / raw[..., 0].cosh()\n"
+            "        rows = torch.stack([torch.ones_like(c), torch.zeros_like(c), c, s], -1)\n"
+            "        return rows.reshape(*raw.shape[:-1], 2, 2)",
+        ),
+        ("def embed(self, value): ...", "def embed(self, value):\n        return self.flatten(value)[..., 2:]"),
+    ]:
+        assert heading in recipe
+        recipe = recipe.replace(heading, body)
+    exec(recipe, {"pyro": pyro, "pyro_sinkhorn": pyro_sinkhorn, "torch": torch})
+
+    assert issubclass(type(geometry_of(dist.LKJCholesky(2, 1.0))), Geometry)
+    svi = SVI(model, AutoImplicit(model), pyro.optim.Adam({"lr": 1e-3}), loss=Trace_Sinkhorn(match_size=8))
+    assert all(torch.tensor(svi.step(x)).isfinite() for _ in range(3))
+
+
+def test_a_registered_geometry_is_what_the_guide_and_the_match_use():
+    class Shifted(Simplex):
+        def head(self, raw):
+            return super().head(raw + 100 * torch.eye(3)[0])  # always the first vertex
+
+    register_geometry(dist.Dirichlet, lambda fn: Shifted(fn.event_shape))
+
+    def program(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Dirichlet(torch.ones(3)))
+            pyro.sample("x", dist.Normal(z, 0.1).to_event(1), obs=x)
+
+    z = AutoImplicit(program)(torch.rand(5, 3))["z"]
+    assert torch.allclose(z, torch.eye(3)[0].expand(5, 3))
