@@ -9,3 +9,7 @@ class ProgramError(ValueError):
 
 class NonFiniteError(ArithmeticError):
     """NaN or infinity appeared; the message names where it came from."""
+
+
+class NoDensityError(ProgramError, NotImplementedError):
+    """A density was asked of something that has none. As a ``ValueError``, Pyro adds the name of the site to it."""

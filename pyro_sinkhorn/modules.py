@@ -139,8 +139,15 @@ def shared_copy(value: Any, *kept: Any, replaced: list[tuple[Any, Any]] | None =
     :param replaced: pairs of an object and what the copy is to refer to in its place
     """
     # Automatic guides keep their model in a tuple; bound methods and partials are new objects at every mention.
-    memo: dict[int, Any] = {id(item): item for item in (*kept, *getattr(value, "_model", ()))}
-    return copy.deepcopy(value, memo | {id(old): new for old, new in replaced or ()})
+    models = getattr(value, "_model", None)
+    memo: dict[int, Any] = {id(item): item for item in (*kept, *(models or ()))}
+    memo |= {id(old): new for old, new in replaced or ()}
+    targets = dict(memo)
+    new = copy.deepcopy(value, memo)
+    if models is not None:
+        # Pyro's own drop their model when they are copied, the original's too.
+        value._model, new._model = models, tuple(targets[id(item)] for item in models)
+    return new
 
 
 @contextmanager

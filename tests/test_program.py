@@ -14,6 +14,7 @@ from pyro.infer.inspect import get_model_relations
 from pyro.nn import PyroModule, PyroParam
 from torch import nn
 
+from pyro_sinkhorn import snapshot
 from pyro_sinkhorn import AutoImplicit, Implicit, SinkhornProgram, Trace_Sinkhorn, sinkhorn_infer
 from pyro_sinkhorn.errors import ProgramError
 
@@ -45,11 +46,9 @@ def fitted(num_steps=3, model=None, **options):
 
 def weights(program):
     """Everything that training moves, in one vector."""
-    modules = [*program.modules.values(), *([program.guide] if isinstance(program.guide, nn.Module) else [])]
-    tensors = [p for module in modules for p in module.parameters()]
-    with program.active():
-        tensors += [p for p in pyro.get_param_store()._params.values()]
-    return torch.cat([p.detach().flatten().clone() for p in tensors])
+    state = snapshot.take(program)
+    parts = [*state["modules"].values(), state["guide"], {k: v["value"] for k, v in state["params"].items()}]
+    return torch.cat([part[key].flatten().double() for part in parts for key in sorted(part)])
 
 
 # Callable as the model.
@@ -70,7 +69,7 @@ def test_the_decorator_makes_a_program_with_and_without_options():
 def test_a_program_runs_as_its_model_with_its_own_parameters():
     program = fitted()
     trace = poutine.trace(program).get_trace(data(5))
-    assert list(trace.stochastic_nodes) == ["z"] and list(trace.observation_nodes) == ["x"]
+    assert list(trace.stochastic_nodes) == ["data", "z"] and list(trace.observation_nodes) == ["x"]
     weight = trace.nodes["decoder$$$0.weight"]["value"]
     assert weight is program.modules["decoder"][0].weight
     conditioned = pyro.condition(program, data={"z": torch.zeros(5, 2)})
@@ -194,27 +193,20 @@ def test_an_unfitted_program_clones():
 
 
 @pytest.mark.parametrize(
-    "make",
+    ("make", "extra", "rate"),
     [
-        lambda: pyro.optim.ExponentialLR(
-            {"optimizer": torch.optim.SGD, "optim_args": {"lr": 0.5}, "gamma": 0.5}
-        ),
-        lambda: pyro.optim.ReduceLROnPlateau(
-            {"optimizer": torch.optim.SGD, "optim_args": {"lr": 0.5}, "patience": 0, "mode": "max", "factor": 0.5}
-        ),
+        (pyro.optim.ExponentialLR, {"gamma": 0.5}, 0.01 * 0.5**3),
+        # The first step is the best so far; the other two are not better by a threshold out of reach.
+        (pyro.optim.ReduceLROnPlateau, {"patience": 0, "factor": 0.5, "threshold": 1e9, "threshold_mode": "abs"}, 0.01 * 0.5**2),
     ],
     ids=["exponential", "plateau"],
 )
-def test_schedules_advance_every_step_and_the_users_optimiser_is_not_touched(make):
-    optim = make()
-    program = SinkhornProgram(make_model()[0], loss=Trace_Sinkhorn(match_size=8))
+def test_schedules_advance_every_step_and_the_users_optimiser_is_not_touched(make, extra, rate):
+    optim = make({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.01}} | extra)
+    program = SinkhornProgram(make_model()[0], loss=LOSS)
     program.fit(data(), num_steps=3, batch_size=16, optim=optim, progress=False)
-    rates = {s.optimizer.param_groups[0]["lr"] for s in program.optim.optim_objs.values()}
-    assert optim.optim_objs == {}
-    if isinstance(next(iter(program.optim.optim_objs.values())), torch.optim.lr_scheduler.ExponentialLR):
-        assert rates == {0.5 * 0.5**3}
-    else:
-        assert len(rates) == 1
+    rates = [s.optimizer.param_groups[0]["lr"] for s in program.optim.optim_objs.values()]
+    assert rates == pytest.approx([rate] * len(rates)) and optim.optim_objs == {}
 
 
 def test_a_learning_rate_given_again_is_used_from_then_on():
@@ -306,7 +298,7 @@ def test_a_model_that_sub_samples_takes_all_data():
             pyro.sample("x", dist.Normal(z, 1.0), obs=x[i])
 
     program = SinkhornProgram(model, loss=LOSS)
-    with pytest.raises(ProgramError, match=r"'data' sub-samples 16 of 16 .* batch_size=None|sub-samples 16 of 2"):
+    with pytest.raises(ProgramError, match=r"'data' sub-samples 16 of 20 by itself: .* batch_size=None"):
         program.fit(torch.randn(40), num_steps=1, batch_size=20, progress=False)
     program.fit(torch.randn(40), num_steps=2, batch_size=None, progress=False)
     assert program.encode(torch.randn(40))["z"].shape == (1, 16)
@@ -354,8 +346,8 @@ def test_a_guide_may_be_a_class_a_partial_or_an_instance(given):
     assert isinstance(program.guide, Guide) and program.guide is not instance
     assert program.guide.first.out_features == (6 if given == "partial" else 4)
     assert set(program.modules) == {"decoder"}
-    assert float((program.guide.scale - 0.1).abs()) > 0
-    assert float(instance.scale) == pytest.approx(0.1)
+    assert program.guide.scale.item() != pytest.approx(0.1)
+    assert instance.scale.item() == pytest.approx(0.1)
 
 
 def test_options_of_the_automatic_guide():
@@ -372,7 +364,7 @@ def test_options_of_the_automatic_guide():
 def test_a_decoder_that_the_guide_holds_too_is_one():
     model, decoder = make_model()
 
-    class Tied(Guide):
+    class Tied(PyroModule):
         def __init__(self):
             super().__init__()
             self.decoder = decoder
@@ -483,6 +475,7 @@ class VaeModule(nn.Module, Vae):
 )
 def test_every_kind_of_model_trains_its_own_copies(make):
     model, guide = make()
+    unused = "encoder" if guide is None else "nothing"
     programs = [SinkhornProgram(model, guide, LOSS) for _ in range(2)]
     first, second = programs
     originals = {name: module.state_dict() for name, module in first.owned.originals.items()}
@@ -493,7 +486,7 @@ def test_every_kind_of_model_trains_its_own_copies(make):
     for name, module in first.modules.items():
         for key, value in module.state_dict().items():
             assert originals[name][key].equal(kept[name][key]), (name, key)
-            assert not value.equal(kept[name][key]), (name, key)
+            assert value.equal(kept[name][key]) == (unused in f"{name}.{key}"), (name, key)
     assert weights(second).equal(untouched)
     second.fit(data(), num_steps=3, batch_size=16, seed=0, lr=0.01, progress=False)
     assert weights(first).equal(weights(second))
@@ -530,7 +523,7 @@ def nested(x):
         z = pyro.sample("z", dist.Normal(mu * torch.ones(2), 1.0).to_event(1))
         with pyro.plate("columns", x.shape[1], dim=-1):
             w = pyro.sample("w", dist.Normal(0.0, 1.0))
-            pyro.deterministic("twice", 2 * w)
+            pyro.deterministic("twice", 2 * w, event_dim=0)
             pyro.sample("x", dist.Normal(w + z.sum(-1), 0.5), obs=x)
     pyro.factor("prior", -0.1 * mu**2)
 
@@ -556,8 +549,11 @@ def test_generate_follows_the_plate_sizes_of_its_arguments():
     draws = program.generate(4, torch.empty(7, 3))
     assert draws["x"].shape == (4, 7, 3) and draws["z"].shape == (4, 7, 2)
     assert not draws["x"].requires_grad
-    x, z = draws["x"], draws["z"]
-    assert float((x - program.modules["decoder"](z)).std()) == pytest.approx(0.5, rel=0.3)
+    draws = program.generate(100, torch.empty(7, 3), seed=0)
+    with torch.no_grad():
+        residual = draws["x"] - program.modules["decoder"](draws["z"])
+    # 2100 draws of N(0, .5), give or take three steps of the scale: the standard error is 1.5%.
+    assert float(residual.std()) == pytest.approx(0.5, rel=0.08)
 
 
 def test_one_datum_encodes_alone():
@@ -703,19 +699,6 @@ def test_minibatches_stand_for_all_data_where_there_are_globals(batch_size):
     torch.testing.assert_close(parts, whole)
     (gradient,) = torch.autograd.grad(whole, loc, retain_graph=True)
     torch.testing.assert_close(torch.autograd.grad(parts, loc)[0], gradient)
-
-
-@pytest.mark.slow
-def test_the_posterior_of_a_global_from_minibatches_is_that_from_all_data():
-    x = torch.randn(200) * 0.7 + 3
-    variance = 1 / (200 / 0.5 + 1 / 25)
-    exact = variance * float(x.sum()) / 0.5
-    for batch_size in (None, 32):
-        program = SinkhornProgram(with_global, loss=Trace_Sinkhorn(match_size=16))
-        program.fit(x, num_steps=800, batch_size=batch_size, lr=1e-2, seed=0, progress=False)
-        program.fit(x, num_steps=400, batch_size=batch_size, lr=1e-3, progress=False)
-        mu = program.encode(x, num_samples=200, seed=0)["mu"]
-        assert float(mu.mean()) == pytest.approx(exact, abs=0.05)
 
 
 def test_a_factor_keeps_its_weight_against_minibatches():

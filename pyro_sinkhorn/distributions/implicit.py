@@ -8,6 +8,8 @@ import torch
 from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 
+from pyro_sinkhorn.errors import NoDensityError
+
 
 class Implicit(TorchDistribution):
     r"""The law of a tensor somebody has drawn: it can be sampled, but has no density.
@@ -42,7 +44,7 @@ class Implicit(TorchDistribution):
         TypeError: value is not a tensor, event_dim is not an int, support is not a constraint.
         ValueError: event_dim is negative or exceeds the value's dimensions; the support needs more event
             dimensions than event_dim, or depends on parameters.
-        NotImplementedError: by ``log_prob``.
+        NoDensityError: by ``log_prob``; it is a ``NotImplementedError`` and a ``ValueError``.
 
     Source: Huszár 2017, *Variational inference using implicit distributions*, for the word and the idea.
 
@@ -52,7 +54,7 @@ class Implicit(TorchDistribution):
     (torch.Size([5]), torch.Size([3]), True)
     >>> d.log_prob(draws)  # doctest: +IGNORE_EXCEPTION_DETAIL
     Traceback (most recent call last):
-    NotImplementedError: Implicit has no density ...
+    pyro_sinkhorn.errors.NoDensityError: Implicit has no density ...
     """
 
     has_rsample = True
@@ -101,14 +103,12 @@ class Implicit(TorchDistribution):
         return self.rsample(sample_shape).detach()
 
     def log_prob(self, value: Tensor) -> NoReturn:
-        raise NotImplementedError(
+        raise NoDensityError(
             "Implicit has no density, so its log_prob cannot be computed (batch_shape "
             f"{tuple(self.batch_shape)}, event_shape {tuple(self.event_shape)}). Implicit wraps the output "
             "of a network or simulator that can only be sampled. pyro.infer.Trace_ELBO, and whatever else "
             "scores a trace, needs a density at each site. Either compare samples instead, with "
-            "loss=pyro_sinkhorn.Trace_Sinkhorn() for an Implicit guide, or Trace_DataSinkhorn, "
-            "Trace_JointSinkhorn or Trace_EnergyScore, which also accept an Implicit observed site; or give "
-            "this site a distribution that has a density."
+            "loss=pyro_sinkhorn.Trace_Sinkhorn(), or give this site a distribution that has a density"
         )
 
     @property

@@ -101,7 +101,7 @@ def test_implicit_observation_and_guide():
     simulated = trace(poutine.uncondition(model), x).nodes["x"]
     assert simulated["value"].shape == x.shape and simulated["value"].requires_grad
     assert torch.equal(trace(guide, x).nodes["z"]["value"], 2 * x)
-    with pytest.raises(NotImplementedError, match="Implicit has no density"):
+    with pytest.raises(ValueError, match=r"site 'x'[\s\S]*Implicit has no density"):
         SVI(model, guide, Adam({"lr": 0.01}), Trace_ELBO()).step(x)
 
 
