@@ -1,7 +1,7 @@
 """Write the tables of docs/benchmarks.md and README.md from the result files, so that no number is typed by hand.
 
-    python benchmarks/render.py           # rewrite what stands between `<!-- name -->` and `<!-- end -->`
-    python benchmarks/render.py --check   # fail where the documents differ from the results
+python benchmarks/render.py           # rewrite what stands between `<!-- name -->` and `<!-- end -->`
+python benchmarks/render.py --check   # fail where the documents differ from the results
 """
 
 from __future__ import annotations
@@ -42,7 +42,11 @@ def shrinkage(short: bool = False) -> str:
     sizes = sorted({(row["d"], row["batch"]) for row in result["table"]})
     if short:
         rows = [
-            [str(d), f"{cells['same-batch', d, 128]['mean']:.3f}", f"{cells['transport', d, 128]['mean']:.3f}"]
+            [
+                str(d),
+                f"{cells['same-batch', d, 128]['mean']:.3f}",
+                f"{cells['transport', d, 128]['mean']:.3f}",
+            ]
             for d, batch in sizes
             if batch == 128
         ]
@@ -61,9 +65,28 @@ def shrinkage(short: bool = False) -> str:
 
 
 def sweep() -> str:
-    """The choice of relative_epsilon."""
+    """The choice of relative_epsilon and of match_size."""
     result = load("epsilon_sweep")
-    return table(result["head"], result["lines"]) + origin(result)
+
+    def mean(values: list[float]) -> float:
+        return sum(values) / len(values)
+
+    lines = []
+    for name in ("relative_epsilon", "match_size"):
+        for row in result[name]["rows"]:
+            line = [f"{name} {row[name]}, batch {result[name]['batch']}"]
+            for d in ("2", "8", "64"):
+                fits = row["gaussian"].get(d)
+                line.append(
+                    f"{mean([f['mean'] for f in fits]):.3f}; {mean([f['rms'] for f in fits]):.3f}"
+                    if fits
+                    else ""
+                )
+            line.append(f"{mean([f['energy_over_floor'] for f in row['dirichlet']]):.2f}")
+            line.append(f"{mean([f['cpu_ms_per_step'] for f in row['dirichlet']]):.1f}")
+            lines.append(line)
+    head = ["setting", "d = 2", "d = 8", "d = 64", "Dirichlet(.2), floors", "ms a step (Dirichlet)"]
+    return table(head, lines) + origin(result)
 
 
 def equal_laws() -> str:
@@ -101,6 +124,7 @@ def digits() -> str:
     }
     rows = []
     for row in result["summary"]:
+
         def number(key: str, row: dict[str, Any] = row) -> str:
             return f"{row[key]['mean']:.4f} ± {row[key]['half_width']:.4f}"
 
@@ -116,7 +140,16 @@ def digits() -> str:
                 f"{row['knn_accuracy']['mean']:.3f}",
             ]
         )
-    head = ["prior", "method", "weight", "reconstruction", "ratio to autoencoder", "latent energy", "generated energy", "k-NN"]
+    head = [
+        "prior",
+        "method",
+        "weight",
+        "reconstruction",
+        "ratio to autoencoder",
+        "latent energy",
+        "generated energy",
+        "k-NN",
+    ]
     floors = "; ".join(f"{p} {f['mean']:.4f} ± {f['sd']:.4f}" for p, f in result["latent_floor"].items())
     notes = (
         f"\n\nFloor of the latent energy (mean ± sd between independent prior clouds): {floors}. "
@@ -127,10 +160,31 @@ def digits() -> str:
     return table(head, rows) + notes + origin(result)
 
 
+def global_means() -> str:
+    """Posterior of a global at several weights."""
+    result = load("globals_and_dependence")
+    weights = sorted({row["prior_weight"] for row in result["global"]})
+    lines = []
+    for weight in weights:
+        rows = [row for row in result["global"] if row["prior_weight"] == weight]
+        lines.append([f"{weight:g}", *(", ".join(f"{row[key]:.3f}" for row in rows) for key in ("mean", "sd"))])
+    exact = result["exact"]
+    head = ["prior_weight", f"mean (exact {exact['mean']:.3f})", f"sd (exact {exact['sd']:.3f})"]
+    return table(head, lines) + origin(result)
+
+
+def dependence(groups: str) -> str:
+    """Standard deviation of z2 - z1, one number a seed."""
+    rows = [row for row in load("globals_and_dependence")["dependence"] if row["groups"] == groups]
+    return ", ".join(f"{row['sd_of_difference']:.3f}" for row in rows)
+
+
 def step_cost() -> str:
     """Time of a step beside Trace_ELBO's."""
     result = load("svi_step_cost")
-    rows = [[row["program"], f"{row['median_ms']:.1f}", f"{row['ratio_to_elbo']:.2f}"] for row in result["table"]]
+    rows = [
+        [row["program"], f"{row['median_ms']:.1f}", f"{row['ratio_to_elbo']:.2f}"] for row in result["table"]
+    ]
     return table(["program", "median ms a step", "ratio"], rows) + origin(result)
 
 
@@ -149,6 +203,9 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "accuracy": accuracy,
     "digits": digits,
     "step cost": step_cost,
+    "globals": global_means,
+    "joint": lambda: dependence("joint"),
+    "marginal": lambda: dependence("marginal"),
     "step parts": step_parts,
     "step ratio": lambda: f"{load('svi_step_cost')['table'][-1]['ratio_to_elbo']:.1f}",
 }
@@ -167,7 +224,9 @@ def render(text: str) -> str:
 
 def main() -> None:
     """Write or check the documents."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     stale = []

@@ -8,7 +8,9 @@ and lends their tensors to the originals while it runs. Outside, the originals k
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import functools
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -24,7 +26,7 @@ __all__ = [
     "Owned",
     "copied_initial_values",
     "find_modules",
-    "kept_on_error",
+    "made_guide",
     "shared_copy",
     "submodule_pairs",
     "training_mode",
@@ -150,6 +152,18 @@ def shared_copy(value: Any, *kept: Any, replaced: list[tuple[Any, Any]] | None =
     return new
 
 
+def made_guide(guide: Any, model: Callable[..., Any]) -> Any:
+    """A guide of the class or partial given; other guides as they are."""
+    cls = guide.func if isinstance(guide, functools.partial) else guide
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        return guide
+    try:
+        inspect.signature(guide).bind(model)
+    except TypeError:
+        return guide()  # a class that needs no model
+    return guide(model)
+
+
 @contextmanager
 def training_mode(modules: list[nn.Module], training: bool) -> Iterator[None]:
     """Train or eval mode inside, every submodule's own mode restored after."""
@@ -164,25 +178,6 @@ def training_mode(modules: list[nn.Module], training: bool) -> Iterator[None]:
             root.train(mode)  # submodules made inside follow their root
         for module, mode in before.items():
             module.training = mode
-
-
-@contextmanager
-def kept_on_error(modules: list[nn.Module]) -> Iterator[None]:
-    """Buffers go back to what they were if an error leaves: one NaN spoils BatchNorm's statistics for good."""
-    before = [
-        (module, name, buffer, buffer.clone())
-        for root in modules
-        for module in root.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    try:
-        yield
-    except BaseException:
-        for module, name, buffer, value in before:
-            buffer.data.copy_(value)
-            module._buffers[name] = buffer
-        raise
 
 
 @contextmanager

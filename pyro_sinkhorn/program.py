@@ -17,16 +17,18 @@ from tqdm.auto import tqdm
 
 from pyro_sinkhorn import optimiser, snapshot, state
 from pyro_sinkhorn.diagnostics.matching import MatchReport, match_report
-from pyro_sinkhorn.errors import ProgramError
+from pyro_sinkhorn.errors import ProgramError, checked_integer
 from pyro_sinkhorn.guide.auto_implicit import AutoImplicit
 from pyro_sinkhorn.losses.trace_sinkhorn import Trace_Sinkhorn
 from pyro_sinkhorn.modules import (
     Owned,
+    made_guide,
     shared_copy,
     submodule_pairs,
     training_mode,
 )
 from pyro_sinkhorn.reachable import find_modules
+from pyro_sinkhorn.recovery import explained_dtypes, unmade_on_error
 from pyro_sinkhorn.rng import RandomStream
 from pyro_sinkhorn.sampling import encoder_draws, program_draws
 from pyro_sinkhorn.training import Epoch, History, Minibatches, Trainer, as_tensor
@@ -41,8 +43,8 @@ class SinkhornProgram:
 
     :param model: a Pyro program, function or module, with an observed site in a plate. Of another program, its model,
         and its guide and loss where none are given
-    :param guide: a guide; default ``AutoImplicit(model)``. A module is copied; the class ``AutoImplicit``, or a
-        ``functools.partial`` of it, is called with the model
+    :param guide: a guide; default ``AutoImplicit(model)``. A module is copied; a class such as ``AutoImplicit``, or a
+        ``functools.partial`` of one, is called with the model
     :param loss: default ``Trace_Sinkhorn()``
     :param encoder: for the default guide, see :class:`~pyro_sinkhorn.AutoImplicit`
     :raises ProgramError: where these do not fit together
@@ -95,7 +97,7 @@ class SinkhornProgram:
 
     def reset(self) -> SinkhornProgram:
         """Back to the state before any ``fit``: modules copied anew from the user's, parameters and history gone."""
-        guide = self._guide_given(self.model) if _is_factory(self._guide_given) else self._guide_given
+        guide = made_guide(self._guide_given, self.model)
         found = find_modules(self.model)
         known = {id(module) for module in found.values()}
         if isinstance(guide, nn.Module):
@@ -159,8 +161,7 @@ class SinkhornProgram:
         :raises ProgramError: model, guide and data do not fit together
         :raises NonFiniteError: NaN or infinity; the program keeps the state of the last good step
         """
-        if num_steps < 0:
-            raise ProgramError(f"num_steps is {num_steps}: expected a number of at least 0")
+        num_steps = checked_integer("num_steps", num_steps, 0)
         args, kwargs = self._inputs(args, kwargs, device)
         batches = Minibatches(args, kwargs, batch_size, self.epoch)
         self.optim = optimiser.choose(self.optim, self.pending_optim, optim, lr)
@@ -169,7 +170,7 @@ class SinkhornProgram:
             self.to(device)
         if seed is not None or self.stream is None:
             self.stream = RandomStream(seed)
-        with self.stream.active(), self.active():
+        with self._guarded(args, kwargs), self.stream.active(), self.active():
             modules = [*self.owned.originals.values(), *self._all_modules()]
             trainer = Trainer(self.model, self.guide, self.loss, self.optim, batches, modules)
             with tqdm(total=num_steps, disable=not progress, desc=self._name(), unit="step") as bar:
@@ -189,7 +190,7 @@ class SinkhornProgram:
         These are draws of the encoder, which matching the prior does not make a posterior.
         """
         args, kwargs = self._inputs(args, kwargs)
-        with self._evaluating(seed):
+        with self._evaluating(seed, args, kwargs):
             return encoder_draws(self.guide, num_samples, args, kwargs)
 
     def generate(
@@ -200,7 +201,7 @@ class SinkhornProgram:
         The arguments give plate sizes and covariates; observed sites are sampled like all others.
         """
         args, kwargs = self._inputs(args, kwargs)
-        with self._evaluating(seed):
+        with self._evaluating(seed, args, kwargs):
             return program_draws(self.model, num_samples, args, kwargs)
 
     def diagnose(
@@ -209,7 +210,7 @@ class SinkhornProgram:
         """Print and return a table: reconstruction, match of each group against its noise floor, encoder variance."""
         args, kwargs = self._inputs(args, kwargs)
         loss = self.loss if isinstance(self.loss, Trace_Sinkhorn) else None
-        with self._evaluating(seed):
+        with self._evaluating(seed, args, kwargs):
             report = match_report(self.model, self.guide, *args, loss=loss, num_floor=num_floor, **kwargs)
         print(report)
         return report
@@ -307,8 +308,15 @@ class SinkhornProgram:
         )
 
     @contextmanager
-    def _evaluating(self, seed: int | None) -> Iterator[None]:
+    def _guarded(self, args: Any, kwargs: Any) -> Iterator[None]:
+        modules = self.modules | ({"the guide": self.guide} if isinstance(self.guide, nn.Module) else {})
+        with unmade_on_error(self), explained_dtypes(modules, args, kwargs):
+            yield
+
+    @contextmanager
+    def _evaluating(self, seed: int | None, args: Any, kwargs: Any) -> Iterator[None]:
         with ExitStack() as stack:
+            stack.enter_context(self._guarded(args, kwargs))
             if seed is not None:
                 stack.enter_context(RandomStream(seed).active())
             # Before the modules are lent, so that the originals borrow the mode as well.
@@ -335,8 +343,3 @@ def sinkhorn_infer(model: Callable[..., Any] | None = None, **options: Any) -> A
     if model is None:
         return lambda function: SinkhornProgram(function, **options)
     return SinkhornProgram(model, **options)
-
-
-def _is_factory(guide: Any) -> bool:
-    function = guide.func if isinstance(guide, functools.partial) else guide
-    return isinstance(function, type) and issubclass(function, nn.Module)

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from pyro_sinkhorn.errors import checked_integer
+
 
 class RandomStream:
     """A random state of its own, swapped in for torch's global one.
@@ -26,8 +28,10 @@ class RandomStream:
 
     def __init__(self, seed: int | None = None) -> None:
         self.generator = torch.Generator()
-        # Without a seed, follow the global one: pyro.set_rng_seed keeps its meaning.
-        self.generator.manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
+        if seed is None:
+            # Follow the global one: pyro.set_rng_seed keeps its meaning.
+            seed = int(torch.randint(2**62, ()))
+        self.generator.manual_seed(checked_integer("seed", seed))
         self.cuda_state: Tensor | None = None
         self._depth = 0
 

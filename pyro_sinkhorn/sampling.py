@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -13,23 +12,40 @@ from pyro.infer import Predictive
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_sinkhorn.errors import ProgramError
+from pyro_sinkhorn.errors import NonFiniteError, checked_integer
+from pyro_sinkhorn.explain import bad_rows, explained, spoken, tensors_of
 from pyro_sinkhorn.losses.scoring import run_guide
 from pyro_sinkhorn.structure import is_latent, sample_sites
 
 
 def encoder_draws(guide: Callable[..., Any], num_samples: Any, args: Any, kwargs: Any) -> dict[str, Tensor]:
     """Latents by name, ``(num_samples, *plates, *event)``, noise left out."""
-    _check_number(num_samples)
+    num_samples = checked_integer("num_samples", num_samples, 1)
     draws = [_latents(run_guide(guide, args, kwargs)) for _ in range(num_samples)]
-    return {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
+    stacked = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
+    for name, value in stacked.items():
+        if not bool(value.isfinite().all()):
+            sources = [(spoken(path), given) for path, given in tensors_of(args, kwargs)]
+            bad = [
+                f"{path}: {bad_rows(given)}" for path, given in sources if not bool(given.isfinite().all())
+            ]
+            raise NonFiniteError(
+                f"latent site {name!r}: the guide produced NaN or infinite values (shape {tuple(value.shape)}). "
+                + (
+                    f"They come from {'; '.join(bad)}"
+                    if bad
+                    else "Its arguments are finite: the encoder diverged"
+                )
+            )
+    return stacked
 
 
 def program_draws(model: Callable[..., Any], num_samples: Any, args: Any, kwargs: Any) -> dict[str, Tensor]:
     """All sites by name, ``(num_samples, *plates, *event)``, observed ones sampled like the others."""
-    _check_number(num_samples)
+    num_samples = checked_integer("num_samples", num_samples, 1)
     unconditioned = poutine.block(poutine.uncondition(model), hide_fn=_is_factor)
-    return dict(Predictive(unconditioned, num_samples=num_samples)(*args, **kwargs))
+    with explained("model", Trace(), args, kwargs):
+        return dict(Predictive(unconditioned, num_samples=num_samples)(*args, **kwargs))
 
 
 def _latents(trace: Trace) -> dict[str, Tensor]:
@@ -46,13 +62,3 @@ def _latents(trace: Trace) -> dict[str, Tensor]:
 
 def _is_factor(msg: Any) -> bool:
     return msg["type"] == "sample" and isinstance(msg["fn"], dist.Unit)
-
-
-def _check_number(num_samples: Any) -> None:
-    if not (isinstance(num_samples, numbers.Integral) and int(num_samples) >= 1):
-        given = (
-            f"a tensor of shape {tuple(num_samples.shape)}"
-            if isinstance(num_samples, Tensor)
-            else num_samples
-        )
-        raise ProgramError(f"num_samples is {given}: expected a positive integer")

@@ -94,7 +94,7 @@ def restore(program: Fitted, saved: dict[str, Any]) -> None:
         try:
             module.load_state_dict(values)
         except RuntimeError as error:
-            raise ValueError(f"{name} differs from the saved one: {error}") from error
+            raise ValueError(f"{name} differs from the saved one: {' '.join(str(error).split())}") from error
     store: dict[str, Any] = {"params": {}, "constraints": {}}
     for name, packed in saved["params"].items():
         store["params"][name] = packed["value"].clone().requires_grad_(True)
@@ -136,13 +136,14 @@ def check_loss(program: Fitted, saved: dict[str, Any]) -> None:
 
     :raises ValueError: it was not
     """
-    name = saved["loss"]["class"]
+    described = saved["loss"]
+    name = described["class"]
     if type(program.loss).__name__ != name:
         raise ValueError(
             f"the program was saved with the loss {name}, not a {type(program.loss).__name__}: pass one as loss="
         )
-    custom = make_loss(saved) is None and isinstance(program.loss, Trace_Sinkhorn)
-    if custom and not callable(program.loss.latent_match.options.cost):
+    own_cost = "config" in described and described["config"]["cost"] is None
+    if own_cost and not callable(program.loss.config()["cost"]):
         raise ValueError(f"the program was saved with a {name} with a cost of its own: pass it as loss=")
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 import secrets
-import warnings
+import zipfile
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -23,19 +23,7 @@ FORMAT = "pyro_sinkhorn program"
 VERSION = 1
 #: What every state of this version holds; :mod:`pyro_sinkhorn.snapshot` says what each is.
 KEYS = frozenset(
-    {
-        "format",
-        "version",
-        "num_steps",
-        "n_data",
-        "order",
-        "modules",
-        "guide",
-        "params",
-        "optim",
-        "stream",
-        "history",
-    }
+    {"format", "version", "num_steps", "epoch", "modules", "guide", "params", "optim", "stream", "history"}
     | {"loss"}
 )
 
@@ -65,9 +53,9 @@ def read(path: str | os.PathLike[str], device: torch.device | str | None = None)
     :raises OSError: there is no such file, or it may not be read
     :raises ValueError: the file is damaged, foreign, or of a later version; nothing in it is executed
     """
-    with open(path, "rb") as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns of foreign pickles before it refuses them
+    with open(path, "rb") as file:
         try:
+            _check_sums(file)
             state = torch.load(file, map_location=device or "cpu", weights_only=True)
         except Exception as error:
             # torch and pickle raise whatever broken bytes happen to lead to.
@@ -89,6 +77,15 @@ def read(path: str | os.PathLike[str], device: torch.device | str | None = None)
     if not set(state) >= KEYS:
         raise ValueError(f"{os.fspath(path)!r} lacks {sorted(KEYS - set(state))}: it is damaged")
     return _unpacked(state)
+
+
+def _check_sums(file: BinaryIO) -> None:
+    """torch does not look at the checksums that it writes: a flipped bit would be a wrong weight."""
+    with zipfile.ZipFile(file) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+    file.seek(0)
 
 
 def detached(value: Any) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,9 +19,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyro_sinkhorn import optimiser
-from pyro_sinkhorn.errors import NonFiniteError, ProgramError
+from pyro_sinkhorn.errors import NonFiniteError, ProgramError, checked_integer
 from pyro_sinkhorn.losses.trace_sinkhorn import Terms, Trace_Sinkhorn
-from pyro_sinkhorn.modules import kept_on_error
+from pyro_sinkhorn.modules import training_mode
+from pyro_sinkhorn.recovery import kept_on_error
 from pyro_sinkhorn.rng import undisturbed
 from pyro_sinkhorn.runs import run_model
 from pyro_sinkhorn.structure import Plate, Structure, plates_of, sample_sites, structure_of
@@ -100,10 +100,8 @@ class Minibatches:
         self.args, self.kwargs = args, kwargs
         sizes = [len(v) for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim()]
         self.n = sizes[0] if sizes else 0
-        if batch_size is not None and not (isinstance(batch_size, numbers.Integral) and batch_size >= 1):
-            raise ProgramError(
-                f"batch_size is {batch_size!r}: expected a positive integer, or None for all data at once"
-            )
+        if batch_size is not None:  # None for all data at once
+            batch_size = checked_integer("batch_size", batch_size, 1)
         if sizes and self.n == 0:
             shapes = [tuple(v.shape) for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
             raise ProgramError(f"the data are empty: arguments of shape {shapes}; fit needs at least 2 data")
@@ -226,6 +224,17 @@ def step(
     return value
 
 
+def _wake(guide: Any, batches: Minibatches) -> None:
+    """Let an automatic guide that was loaded make its networks, which it does at its first call.
+
+    Not in the first step: losses begin with runs that put buffers back, loaded ones too.
+    """
+    if getattr(guide, "_pending_state", None) is not None:
+        args, kwargs = batches.at(torch.arange(batches.batch_size))
+        with undisturbed(), training_mode([guide], False), poutine.block(), torch.no_grad():
+            guide(*args, **kwargs)
+
+
 class Trainer:
     """Steps of a program on minibatches: what is scaled, and what is put back after an error.
 
@@ -242,6 +251,7 @@ class Trainer:
         modules: list[nn.Module],
     ) -> None:
         self.loss, self.optim, self.batches, self.modules = loss, optim, batches, modules
+        _wake(guide, batches)
         scale = data_scale(model, batches)
         self.model = model if scale is None else scale(model)
         # Sinkhorn losses score no local site of the guide; others do, and need both sides at one scale.

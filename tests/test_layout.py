@@ -19,7 +19,7 @@ LAYERS = (
     {"ot"},
     {"distributions"},
     {"geometry"},
-    {"explain", "runs", "structure", "reachable", "modules", "rng", "state", "optimiser"},
+    {"explain", "runs", "structure", "reachable", "modules", "rng", "state", "optimiser", "recovery"},
     {"guide", "losses"},
     {"training", "sampling", "snapshot", "diagnostics", "export", "plots"},
     {"program"},

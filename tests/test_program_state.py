@@ -125,7 +125,7 @@ def assert_same(first, second):
     """Equal state, and equal draws under one seed."""
 
     def compare(a, b, path):
-        assert type(a) is type(b), path
+        assert isinstance(b, float) if isinstance(a, float) else type(a) is type(b), path
         if isinstance(a, dict):
             assert a.keys() == b.keys(), path
             for key in a:
@@ -371,7 +371,7 @@ def test_a_guide_and_an_encoder_of_the_users_are_given_again(tmp_path):
 
 def test_another_model_is_refused(tmp_path):
     fit(SinkhornProgram(make_model(), loss=LOSS), 1).save(tmp_path / "a.pt")
-    with pytest.raises(ValueError, match=r"module 'decoder' differs from the saved one: .*size mismatch"):
+    with pytest.raises(ValueError, match=r"module 'decoder' differs from the saved one: .*size mismatch for 0.weight"):
         SinkhornProgram.load(tmp_path / "a.pt", make_model(width=4))
 
     def other(x):
@@ -412,7 +412,7 @@ def test_a_damaged_file_is_refused_or_unharmed(tmp_path, saved_file):
     refused = 0
     for _ in range(60):
         bad = bytearray(whole)
-        for place in generator.integers(len(whole), size=30):
+        for place in generator.integers(len(whole), size=10):
             bad[place] ^= 1 << generator.integers(8)
         (tmp_path / "bad.pt").write_bytes(bytes(bad))
         try:
@@ -421,9 +421,9 @@ def test_a_damaged_file_is_refused_or_unharmed(tmp_path, saved_file):
             assert "bad.pt" in str(error)
             refused += 1
             continue
-        assert found.keys() == expected.keys()
+        assert found.keys() == expected.keys()  # only padding was hit
         assert all(found["guide"][name].equal(value) for name, value in expected["guide"].items())
-    assert refused > 30
+    assert refused > 55
 
 
 class Hostile:
@@ -449,8 +449,12 @@ def test_a_hostile_file_runs_no_code(tmp_path, saved_file, how):
     with pytest.raises(ValueError, match="cannot be read as a saved program"):
         SinkhornProgram.load(path, make_model())
     assert not mark.exists()
-    torch.load(path, weights_only=False) if "torch" in how else pickle.loads(pickle.dumps(payload))
-    assert mark.exists()  # it would have
+    # It would have.
+    if how.startswith("pickle"):
+        pickle.loads(path.read_bytes())
+    else:
+        torch.load(path, weights_only=False)
+    assert mark.exists()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_sinkhorn.errors import ProgramError
+from pyro_sinkhorn.errors import checked_integer
 from pyro_sinkhorn.losses.latent_match import Call, GroupMatch
 from pyro_sinkhorn.losses.scoring import (
     check_guide,
@@ -124,10 +124,10 @@ def match_report(
     >>> report.groups[0].name
     'z'
     """
-    if num_floor < 2 or num_draws < 2:
-        raise ProgramError(
-            f"num_floor is {num_floor}, num_draws {num_draws}: a variance needs at least 2 of each"
-        )
+    num_floor, num_draws = (
+        checked_integer("num_floor", num_floor, 2),
+        checked_integer("num_draws", num_draws, 2),
+    )
     # A copy, since what a report meets first must not become the unit of later training.
     latent_match = copy.deepcopy((loss or Trace_Sinkhorn()).latent_match)
     matches: list[list[GroupMatch]] = []

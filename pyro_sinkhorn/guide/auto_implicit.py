@@ -158,10 +158,12 @@ class AutoImplicit(PyroModule):
         # A nested group sees what the groups around it saw: the document of the word.
         around = [c for outer, c in coarse if {p.name for p in outer} < {p.name for p in plates}]
         encoder = self.encoders[i]
-        features = features.to(encoder.standardise.loc)
-        if features.shape[-1] != encoder.standardise.loc.shape[0]:
+        assert isinstance(encoder, DefaultEncoder)
+        seen = encoder.standardise.loc
+        features = features.to(seen)
+        if features.shape[-1] != len(seen):
             raise ProgramError(
-                f"latent group ({group.name}): the encoder was made for {encoder.standardise.loc.shape[0]} observed "
+                f"latent group ({group.name}): the encoder was made for {len(seen)} observed "
                 f"numbers a slice and now gets {features.shape[-1]} (sites {[o.name for o in self._observed]}): the "
                 "shape of a datum must stay the same between calls"
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import pyro.distributions as dist
@@ -34,7 +34,7 @@ class NormalGlobal(PyroModule):
 
     def forward(self, fn: Any) -> Tensor:
         """Sample the site; the support is read off the model's current distribution."""
-        base = dist.Normal(self.loc, self.scale).to_event(self.base_event_dim)
+        base = dist.Normal(self.loc, cast(Tensor, self.scale)).to_event(self.base_event_dim)
         return pyro.sample(self.site_name, dist.TransformedDistribution(base, [biject_to(fn.support)]))
 
 

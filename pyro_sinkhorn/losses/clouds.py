@@ -79,9 +79,9 @@ def embedded(trace: Trace, name: str, plates: tuple[Plate, ...]) -> Tensor:
 def rows(columns: Tensor, n_particles: int, plates: tuple[Plate, ...]) -> Tensor:
     """Lay ``(batch..., e)`` out as ``(particles, n, e')``: plates of the group become rows, others columns."""
     depth = max(-plate.dim for plate in plates)
-    batch = columns.shape[:-1]
+    batch = tuple(columns.shape[:-1])
     # Everything left of the group's plates is either the particle plate, outermost, or a plate the group lacks.
-    batch = (1,) * max(depth - len(batch), 0) + tuple(batch)
+    batch = (1,) * max(depth - len(batch), 0) + batch
     columns = columns.reshape(*batch, columns.shape[-1])
     axes = [len(batch) + plate.dim for plate in plates]
     for plate, axis in zip(plates, axes, strict=True):

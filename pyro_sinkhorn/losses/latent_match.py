@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -166,7 +167,8 @@ class LatentMatch:
         """Units of the sites and mean cost of the group, from at least 512 prior points."""
         for name in (*carried, *group.sites):
             if name not in self.state.units:
-                pooled = reference_rows(call.prior, first, lambda trace, n=name: embedded(trace, n, group.plates))
+                lay_out = functools.partial(embedded, name=name, plates=group.plates)
+                pooled = reference_rows(call.prior, first, lay_out)
                 unit = geometry_of(first.nodes[name]["fn"], name).unit(pooled)
                 # One number for all columns would weigh a site in a plate inside the datum as if there were one of it.
                 copies = math.prod(p.size for p in plates_of(first.nodes[name]) if p not in group.plates)

@@ -20,6 +20,7 @@ from pyro_sinkhorn.errors import NonFiniteError, ProgramError
 from pyro_sinkhorn.losses.clouds import Cloud
 from pyro_sinkhorn.ot.cost import Cost, cost_matrix
 from pyro_sinkhorn.ot.divergence import Debias, sinkhorn_divergence
+from pyro_sinkhorn.ot.problem import ConvergenceWarning
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def match(
 
     :param mean: mean prior-prior cost of the group
     :param paired: row i of both clouds shares covariates or weights, so no unit may be on both sides of a transport
-    :param warned: names of groups already warned about small batches
+    :param warned: what was already warned of, so that each warning comes once a group; None for no warnings
     :raises ProgramError: too few units to split
     :raises NonFiniteError: the divergence is NaN or infinite
     """
@@ -89,8 +90,7 @@ def match(
                 f"latent group ({group}): a batch of {n_units} cannot be split into two independent halves. Give at "
                 "least 2 data a step (128 for the default match_size of 64), or debias='self'"
             )
-        if n_units // 2 < options.match_size and warned is not None and group not in warned:
-            warned.add(group)
+        if n_units // 2 < options.match_size and _first_time(warned, f"small batch of ({group})"):
             warnings.warn(
                 f"latent group ({group}): a batch of {n_units} gives halves of {n_units // 2}, below match_size="
                 f"{options.match_size}. The match depends on that size where the laws differ, so prior_weight means "
@@ -101,30 +101,49 @@ def match(
             )
     a = None if x.weights is None else _normalised(x.weights)
     b = None if y.weights is None else _normalised(y.weights)
-    result = sinkhorn_divergence(
-        x.points,
-        y.points,
-        options.relative_epsilon * mean,
-        a,
-        b,
-        cost=options.cost,
-        debias=options.debias,
-        match_size=match_size,
-        units_x=x.units,
-        units_y=y.units,
-        shared_units=paired,
-        tolerance=options.tolerance,
-        max_iters=options.max_iters,
-        backend=options.backend,
-        generator=generator,
-    )
+    with warnings.catch_warnings():
+        # Said below, once: far from the prior, as at the start of a training, every step would say it.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        result = sinkhorn_divergence(
+            x.points,
+            y.points,
+            options.relative_epsilon * mean,
+            a,
+            b,
+            cost=options.cost,
+            debias=options.debias,
+            match_size=match_size,
+            units_x=x.units,
+            units_y=y.units,
+            shared_units=paired,
+            tolerance=options.tolerance,
+            max_iters=options.max_iters,
+            backend=options.backend,
+            generator=generator,
+        )
     if not bool(result.value.isfinite().all()):
         raise NonFiniteError(
             f"latent group ({group}): the transport between {tuple(x.points.shape)} guide points and "
             f"{tuple(y.points.shape)} prior points is not finite, though the points are: their largest coordinates "
             f"are {float(x.points.abs().max()):.3g} and {float(y.points.abs().max()):.3g}"
         )
+    if not bool(result.converged.all()) and _first_time(warned, f"convergence of ({group})"):
+        warnings.warn(
+            f"latent group ({group}): the transport stopped after {result.n_iters} iterations with a marginal error of "
+            f"{float(result.marginal_error.max()):.2g}, above the tolerance {options.tolerance:.2g}. While guide and "
+            "prior are far apart this does little harm; if it lasts, raise relative_epsilon, max_iters or tolerance. "
+            "This is said once",
+            ConvergenceWarning,
+            stacklevel=2,
+        )
     return result.value / mean
+
+
+def _first_time(warned: set[str] | None, what: str) -> bool:
+    if warned is None or what in warned:
+        return False
+    warned.add(what)
+    return True
 
 
 def _normalised(weights: Tensor) -> Tensor:

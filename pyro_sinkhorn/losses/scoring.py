@@ -106,7 +106,7 @@ def log_density(trace: Trace, names: set[str], owner: str) -> Tensor:
             except (ValueError, RuntimeError, IndexError, TypeError, NotImplementedError) as error:
                 raise ProgramError(_unscored(name, site, owner, error)) from error
             if is_validation_enabled():
-                check_site_shape(site, max_plate_nesting=float("inf"))
+                check_site_shape(site, max_plate_nesting=float("inf"))  # type: ignore[arg-type]
         total = total + site["log_prob_sum"]
     return torch.as_tensor(total)
 

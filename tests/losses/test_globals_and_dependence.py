@@ -10,9 +10,12 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI
-from pyro.optim import Adam, PyroLRScheduler
+from pyro.optim import PyroLRScheduler
 
 from pyro_sinkhorn import AutoImplicit, Trace_Sinkhorn
+
+# At first, guide and prior are far apart.
+pytestmark = pytest.mark.filterwarnings("ignore::pyro_sinkhorn.ot.ConvergenceWarning")
 
 
 def fit(model, guide, batches, num_steps, lr, **options):
@@ -47,14 +50,14 @@ def hierarchical_data():
     return x - x.mean() + EXACT * precision / (N / 0.5)
 
 
-@pytest.mark.parametrize("prior_weight", [1.0, pytest.param(100.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("prior_weight", [100.0, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_a_global_above_the_latents_is_inferred(prior_weight):
     x = hierarchical_data()
-    guide = AutoImplicit(hierarchy)
-    fit(hierarchy, guide, lambda: x, 1200, 1e-2, prior_weight=prior_weight)
+    guide = AutoImplicit(hierarchy, hidden=32)
+    fit(hierarchy, guide, lambda: x, 800, 6e-2, prior_weight=prior_weight)
     mu = guide.global_guides[0]
-    assert float(mu.loc) == pytest.approx(EXACT, abs=0.02)
-    assert 0 < float(mu.scale) < 0.1
+    assert mu.loc.item() == pytest.approx(EXACT, abs=0.02)  # six seeds: .005 at most
+    assert 0 < mu.scale.item() < 0.1
     with torch.no_grad():
         z = torch.stack([guide(x)["z"] for _ in range(20)])
     assert float(z.mean()) == pytest.approx(EXACT, abs=0.05)
@@ -62,9 +65,9 @@ def test_a_global_above_the_latents_is_inferred(prior_weight):
 
 def test_a_global_as_a_point():
     x = hierarchical_data()
-    guide = AutoImplicit(hierarchy, global_guide="delta")
-    fit(hierarchy, guide, lambda: x, 300, 3e-2, prior_weight=10.0)
-    assert float(guide.global_guides[0].loc) == pytest.approx(EXACT, abs=0.05)
+    guide = AutoImplicit(hierarchy, global_guide="delta", hidden=32)
+    fit(hierarchy, guide, lambda: x, 500, 6e-2, prior_weight=100.0)
+    assert guide.global_guides[0].loc.item() == pytest.approx(EXACT, abs=0.05)  # six seeds: .007 at most
 
 
 # z2 ~ N(z1, .2)
@@ -73,14 +76,9 @@ def test_a_global_as_a_point():
 def chain(x):
     with pyro.plate("data", len(x)):
         z1 = pyro.sample("z1", dist.Normal(0.0, 1.0))
-        z2 = pyro.sample("z2", dist.Normal(z1, 0.2))
-        pyro.sample("x", dist.Normal(torch.stack([z1, z2], -1), 0.5).to_event(1), obs=x)
-
-
-def chain_data(n):
-    z1 = torch.randn(n)
-    z2 = z1 + 0.2 * torch.randn(n)
-    return torch.stack([z1, z2], -1) + 0.5 * torch.randn(n, 2)
+        pyro.sample("z2", dist.Normal(z1, 0.2))
+        # Tells nothing of them: what a likelihood wants of z2 - z1 is traded against the match, at any weight.
+        pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
 
 
 def moments(guide, x):
@@ -92,14 +90,14 @@ def moments(guide, x):
 
 def test_dependent_latents_stay_dependent():
     guide = AutoImplicit(chain)
-    fit(chain, guide, lambda: chain_data(256), 1500, 5e-3, prior_weight=100.0)
-    spread, correlation = moments(guide, chain_data(20_000))
-    assert spread == pytest.approx(0.2, rel=0.05)
+    fit(chain, guide, lambda: torch.randn(256), 600, 1e-2, prior_weight=100.0)
+    spread, correlation = moments(guide, torch.randn(20_000))
+    assert spread == pytest.approx(0.2, rel=0.05)  # two seeds: .198, .196
     assert correlation == pytest.approx(1 / math.sqrt(1.04), abs=0.01)
 
 
 def test_matching_site_by_site_loses_the_dependence():
     guide = AutoImplicit(chain)
-    fit(chain, guide, lambda: chain_data(128), 200, 1e-2, prior_weight=100.0, groups="marginal")
-    spread, _ = moments(guide, chain_data(20_000))
+    fit(chain, guide, lambda: torch.randn(128), 150, 1e-2, prior_weight=100.0, groups="marginal")
+    spread, _ = moments(guide, torch.randn(20_000))
     assert spread > 0.3

@@ -10,7 +10,7 @@ from pyro_sinkhorn.errors import NonFiniteError, ProgramError
 from pyro_sinkhorn.losses.clouds import Cloud
 from pyro_sinkhorn.losses.latent_match import LatentMatch
 from pyro_sinkhorn.losses.matching import MatchOptions, MatchState, gather, match, mean_cost
-from pyro_sinkhorn.ot import sinkhorn_divergence
+from pyro_sinkhorn.ot import ConvergenceWarning, sinkhorn_divergence
 
 ONE = torch.tensor(1.0, dtype=torch.float64)
 
@@ -113,10 +113,20 @@ def test_a_batch_below_the_match_size_warns_once_a_group():
     warned = set()
     with pytest.warns(UserWarning, match=r"\(z\): a batch of 6 gives halves of 3, below match_size=4.* at least 8"):
         run(cloud(6), cloud(6, seed=1), warned=warned)
-    assert warned == {"z"}
     run(cloud(6), cloud(6, seed=1), warned=warned)  # warnings are errors here
     run(cloud(8), cloud(8, seed=1), warned=set())
     run(cloud(6), cloud(6, seed=1), options=MatchOptions("self"), warned=set())
+
+
+def test_a_transport_that_does_not_converge_warns_once_a_group():
+    x, y = Cloud(cloud().points + 30), cloud(seed=1)
+    warned, options = set(), MatchOptions(match_size=4, max_iters=5)
+    with pytest.warns(ConvergenceWarning, match=r"\(z\): the transport stopped after .* raise relative_epsilon") as record:
+        run(x, y, warned=warned, options=options)
+    assert len(record) == 1
+    run(x, y, warned=warned, options=options)
+    with pytest.warns(UserWarning, match="below match_size"):  # another matter, of which nothing was said yet
+        run(cloud(6), cloud(6, seed=1), warned=warned)
 
 
 # Numbers that are none
