@@ -47,6 +47,7 @@ bench: $(STAMP)-benchmarks ## the benchmarks; results in benchmarks/results/
 			echo "benchmarks/$$name.py did not write $$result" >&2; exit 1; \
 		fi; \
 	done
+	@$(PY) benchmarks/render.py
 
 clean: ## remove build products and caches; the next make installs anew, into the same environment
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(STAMP)-*

@@ -80,7 +80,7 @@ class SinkhornProgram:
             model = model.model
         guide = functools.partial(AutoImplicit, encoder=encoder) if guide is None else guide
         for role, given in (("model", model), ("guide", guide)):
-            if not callable(given):
+            if not callable(given) or isinstance(given, ELBO):  # which can be called, too
                 raise ProgramError(
                     f"the {role} is a {type(given).__name__}: expected a callable Pyro program"
                 )

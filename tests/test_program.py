@@ -14,8 +14,7 @@ from pyro.infer.inspect import get_model_relations
 from pyro.nn import PyroModule, PyroParam
 from torch import nn
 
-from pyro_sinkhorn import snapshot
-from pyro_sinkhorn import AutoImplicit, Implicit, SinkhornProgram, Trace_Sinkhorn, sinkhorn_infer
+from pyro_sinkhorn import AutoImplicit, Implicit, SinkhornProgram, Trace_Sinkhorn, sinkhorn_infer, snapshot
 from pyro_sinkhorn.errors import ProgramError
 
 LOSS = Trace_Sinkhorn(match_size=8)
@@ -197,7 +196,11 @@ def test_an_unfitted_program_clones():
     [
         (pyro.optim.ExponentialLR, {"gamma": 0.5}, 0.01 * 0.5**3),
         # The first step is the best so far; the other two are not better by a threshold out of reach.
-        (pyro.optim.ReduceLROnPlateau, {"patience": 0, "factor": 0.5, "threshold": 1e9, "threshold_mode": "abs"}, 0.01 * 0.5**2),
+        (
+            pyro.optim.ReduceLROnPlateau,
+            {"patience": 0, "factor": 0.5, "threshold": 1e9, "threshold_mode": "abs"},
+            0.01 * 0.5**2,
+        ),
     ],
     ids=["exponential", "plateau"],
 )
@@ -377,7 +380,9 @@ def test_a_decoder_that_the_guide_holds_too_is_one():
     mine = program.modules["decoder"][0].weight
     assert program.guide.decoder[0].weight is mine and decoder[0].weight is not mine
     clone = program.clone()
-    assert clone.guide.decoder is clone.modules["decoder"] and clone.guide.decoder is not program.guide.decoder
+    assert (
+        clone.guide.decoder is clone.modules["decoder"] and clone.guide.decoder is not program.guide.decoder
+    )
 
 
 def test_the_loss_given_to_two_programs_stays_apart():
@@ -471,7 +476,16 @@ class VaeModule(nn.Module, Vae):
         lambda: (functools.partial(lambda net, x: net(x), Net()), None),
         lambda: (poutine.scale(make_model()[0], 0.1), None),
     ],
-    ids=["pyro module", "module", "method", "method of module", "both", "both of module", "partial", "handler"],
+    ids=[
+        "pyro module",
+        "module",
+        "method",
+        "method of module",
+        "both",
+        "both of module",
+        "partial",
+        "handler",
+    ],
 )
 def test_every_kind_of_model_trains_its_own_copies(make):
     model, guide = make()
@@ -682,7 +696,9 @@ def expected_loss(model, guide, x, batch_size):
     loss = Trace_Sinkhorn(prior_weight=0.0)
     scaled = model if scale is None else scale(model)
     epoch = [batches.draw() for _ in range(len(x) // batches.batch_size)]
-    return torch.stack([loss.differentiable_loss(scaled, guide, *args, **kwargs) for args, kwargs in epoch]).mean()
+    return torch.stack(
+        [loss.differentiable_loss(scaled, guide, *args, **kwargs) for args, kwargs in epoch]
+    ).mean()
 
 
 @pytest.mark.parametrize("batch_size", [10, 20])

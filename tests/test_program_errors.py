@@ -110,7 +110,7 @@ FAULTS = {
     "gradient": (
         BadGradient.apply,
         NonFiniteError,
-        r"^step 3: the gradient of '(decoder|AutoImplicit).*' \(\d+ of \d+ parameters in all\) is NaN .*keeps the state",
+        r"^step 3: the gradient of '(decoder|AutoImplicit).*' \(\d+ of \d+ parameters in all\) is NaN .*keeps the",
     ),
     "interrupt": (interrupt, KeyboardInterrupt, None),
 }
@@ -132,7 +132,7 @@ def test_a_fault_at_a_step_leaves_the_state_of_the_step_before(fault, error, wor
     assert_equal(learned(program), learned(twin))
     # Still usable, and no gradient is left over that would count twice.
     for one in (program, twin):
-        fit(one, 2, seed=5)
+        fit(one, 2, seed=5, batch_size=None)  # the epochs differ: one has seen a batch more
     assert_equal(learned(program), learned(twin))
     program.encode(data()), program.generate(2, data()), program.clone()
 
@@ -151,7 +151,7 @@ def test_nan_in_the_data_are_found_wherever_they_come():
 def test_nan_in_the_data_to_encode_are_named():
     program, x = fit(make_program()), data()
     x[17] = torch.nan
-    words = r"latent site 'z': the guide produced NaN .*argument 0: .*\(40, 3\) are NaN or infinite in 1 rows \(first: 17\)"
+    words = r"site 'z': the guide produced NaN .*argument 0: .*\(40, 3\) are NaN or infinite in 1 rows \(first: 17\)"
     with pytest.raises(NonFiniteError, match=words):
         program.encode(x)
     with torch.no_grad():
@@ -180,7 +180,10 @@ def test_an_interrupt_before_the_first_step_is_done_leaves_no_half_guide():
         (lambda: SinkhornProgram("model"), "the model is a str: expected a callable"),
         (lambda: sinkhorn_infer(Trace_Sinkhorn()), "the model is a Trace_Sinkhorn: expected a callable"),
         (lambda: make_program(guide="auto"), "the guide is a str: expected a callable"),
-        (lambda: SinkhornProgram(print, loss=Trace_Sinkhorn), r"the loss is <class .*such as Trace_Sinkhorn\(\)"),
+        (
+            lambda: SinkhornProgram(print, loss=Trace_Sinkhorn),
+            r"the loss is <class .*such as Trace_Sinkhorn\(\)",
+        ),
         (lambda: SinkhornProgram(print, loss="elbo"), "the loss is 'elbo': expected an instance"),
         (lambda: make_program(guide=print, encoder=nn.Linear(3, 3)), "either a guide or an encoder"),
         (lambda: make_program(encoder=torch.tanh), "encoder is a builtin.*expected an nn.Module"),
@@ -193,12 +196,24 @@ def test_an_interrupt_before_the_first_step_is_done_leaves_no_half_guide():
         (lambda: fit(make_program(), x=data(0)), r"data are empty: arguments of shape \[\(0, 3\)\]"),
         (lambda: fit(make_program(), x=data(1)), "batch of 1 cannot be split"),
         (lambda: fit(make_program(), batch_size=1), "batch of 1 cannot be split"),
-        (lambda: fit(make_program(), x=data().long()), "'x': the data are torch.int64 where Normal needs floating"),
+        (
+            lambda: fit(make_program(), x=data().long()),
+            "'x': the data are torch.int64 where Normal needs floating",
+        ),
         (lambda: make_program().encode(data(0)), r"the batch is empty. Shapes given: argument 0 \(0, 3\)"),
-        (lambda: make_program().generate(2, data(0)), r"the batch is empty. Shapes given: argument 0 \(0, 3\)"),
-        (lambda: make_program().encode(data(), num_samples=0), "num_samples is 0: expected an integer of at least 1"),
+        (
+            lambda: make_program().generate(2, data(0)),
+            r"the batch is empty. Shapes given: argument 0 \(0, 3\)",
+        ),
+        (
+            lambda: make_program().encode(data(), num_samples=0),
+            "num_samples is 0: expected an integer of at least 1",
+        ),
         (lambda: make_program().generate(data()), "num_samples is of type Tensor: expected an integer"),
-        (lambda: make_program().diagnose(data(), num_floor=1), "num_floor is 1: expected an integer of at least 2"),
+        (
+            lambda: make_program().diagnose(data(), num_floor=1),
+            "num_floor is 1: expected an integer of at least 2",
+        ),
     ],
 )
 def test_wrong_input_is_named(make, words):
@@ -231,7 +246,9 @@ def test_data_of_another_width_are_named():
             call(torch.randn(20, 4))
 
 
-@pytest.mark.parametrize("wrong", [data().long(), torch.randn(40), data(1)], ids=["integers", "one number", "one datum"])
+@pytest.mark.parametrize(
+    "wrong", [data().long(), torch.randn(40), data(1)], ids=["integers", "one number", "one datum"]
+)
 def test_a_first_fit_on_wrong_data_does_not_bind_the_guide_to_them(wrong):
     program = make_program()
     with pytest.raises(ProgramError):
@@ -266,7 +283,9 @@ def test_a_guide_without_the_models_sites_is_refused():
 
     program = make_program(guide=guide)
     for call in (lambda: fit(program), lambda: program.diagnose(data())):
-        with pytest.raises(ProgramError, match=r"the guide does not sample the latent sites \['z'\]; it samples \['w'\]"):
+        with pytest.raises(
+            ProgramError, match=r"the guide does not sample the latent sites \['z'\]; it samples \['w'\]"
+        ):
             call()
 
 
@@ -303,7 +322,9 @@ def test_a_saved_guide_for_another_latent_is_refused_at_every_call(tmp_path):
 
     loaded = SinkhornProgram.load(tmp_path / "a.pt", model)
     for call in (lambda: loaded.encode(data()), lambda: loaded.encode(data()), lambda: fit(loaded)):
-        with pytest.raises(ProgramError, match=r"the saved guide does not fit this model.*size mismatch for heads.0"):
+        with pytest.raises(
+            ProgramError, match=r"the saved guide does not fit this model.*size mismatch for heads.0"
+        ):
             call()
 
 

@@ -2,7 +2,6 @@
 
 import copy
 
-import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -76,15 +75,15 @@ def test_everything_outside_stays_as_it_was():
     store = {name: value.clone() for name, value in pyro.get_param_store().items()}
     state = copy.deepcopy({**decoder.state_dict(prefix="d."), **encoder.state_dict(prefix="e.")})
     identities = [id(p) for p in (*decoder.parameters(), *decoder.buffers(), *encoder.parameters())]
-    random, numpys = torch.get_rng_state(), np.random.get_state()[1].copy()
+    random = pyro.util.get_rng_state()
     program = SinkhornProgram(model, loss=LOSS, encoder=encoder)
     fit(program, seed=0)
     program.encode(data(), seed=0)
     program.generate(3, data(), seed=0)
     program.diagnose(data(), num_floor=2, seed=0)
     program.clone()
-    assert torch.get_rng_state().equal(random)
-    assert (np.random.get_state()[1] == numpys).all()
+    assert torch.get_rng_state().equal(random["torch"])
+    assert (pyro.util.get_rng_state()["numpy"][1] == random["numpy"][1]).all()
     assert dict(pyro.get_param_store().items()).keys() == store.keys()
     assert all(pyro.param(name).equal(value) for name, value in store.items())
     now = {**decoder.state_dict(prefix="d."), **encoder.state_dict(prefix="e.")}
@@ -150,7 +149,9 @@ def test_the_initial_value_of_a_parameter_is_not_trained():
 
     def model(x):
         loc = pyro.param("loc", start)
-        rows = pyro.param("rows", x[:2])  # a view of the data, as of the inducing points of a Gaussian process
+        rows = pyro.param(
+            "rows", x[:2]
+        )  # a view of the data, as of the inducing points of a Gaussian process
         lazy = pyro.param("lazy", lambda: start)
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))

@@ -54,12 +54,16 @@ def test_numbers_of_numpy_become_pythons(tmp_path, value, expected):
     assert found == expected and type(found) is type(expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool, torch.uint8])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool, torch.uint8]
+)
 def test_tensors_come_back_with_dtype_and_shape(tmp_path, dtype):
     value = {"full": torch.arange(6).reshape(2, 3).to(dtype), "empty": torch.zeros(0, 2, dtype=dtype)}
     value["scalar"] = value["full"][1, 1].clone()
     found = round_trip(value, tmp_path / "a.pt")
-    assert all(found[k].equal(v) and found[k].dtype == dtype and found[k].shape == v.shape for k, v in value.items())
+    assert all(
+        found[k].equal(v) and found[k].dtype == dtype and found[k].shape == v.shape for k, v in value.items()
+    )
 
 
 def test_an_ordered_dictionary_keeps_its_order(tmp_path):
@@ -92,7 +96,9 @@ def test_every_constraint_of_pyro_is_found_again_by_name(tmp_path, name):
     ids=str,
 )
 def test_constraints_with_arguments_map_as_before(tmp_path, constraint):
-    found = round_trip({"value": torch.zeros(2, 2), "constraint": constraint}, tmp_path / "a.pt")["constraint"]
+    found = round_trip({"value": torch.zeros(2, 2), "constraint": constraint}, tmp_path / "a.pt")[
+        "constraint"
+    ]
     raw = torch.randn(2, 2)
     assert type(found) is type(constraint)
     torch.testing.assert_close(transform_to(found)(raw), transform_to(constraint)(raw))

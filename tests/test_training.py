@@ -276,7 +276,9 @@ def test_a_given_optimiser_is_copied_without_its_state():
     assert optimiser.name_of(chosen) == "ClippedAdam"
 
 
-@pytest.mark.parametrize("given", [torch.optim.Adam, torch.optim.Adam([torch.zeros(1)]), "adam", 1e-3], ids=repr)
+@pytest.mark.parametrize(
+    "given", [torch.optim.Adam, torch.optim.Adam([torch.zeros(1)]), "adam", 1e-3], ids=repr
+)
 def test_another_optimiser_than_pyros_is_refused(given):
     with pytest.raises(ProgramError, match=r"optim is a (Adam|str|float): expected one of pyro.optim"):
         optimiser.choose(None, {}, given, None)
@@ -286,9 +288,13 @@ def test_a_learning_rate_does_not_go_with_an_optimiser_or_a_schedule():
     adam = pyro.optim.Adam({"lr": 0.1})
     with pytest.raises(ProgramError, match=r"lr=0.2 is for the default optimiser, but optim is given"):
         optimiser.choose(None, {}, adam, 0.2)
-    schedule = pyro.optim.ExponentialLR({"optimizer": torch.optim.SGD, "optim_args": {"lr": 1.0}, "gamma": 0.5})
+    schedule = pyro.optim.ExponentialLR(
+        {"optimizer": torch.optim.SGD, "optim_args": {"lr": 1.0}, "gamma": 0.5}
+    )
     for current in (schedule, pyro.optim.Adam(lambda name: {"lr": 0.1})):
-        with pytest.raises(ProgramError, match=r"lr=0.2 .* (ExponentialLR\(SGD\)|Adam) sets the learning rate itself"):
+        with pytest.raises(
+            ProgramError, match=r"lr=0.2 .* (ExponentialLR\(SGD\)|Adam) sets the learning rate itself"
+        ):
             optimiser.choose(current, {}, None, 0.2)
 
 

@@ -324,6 +324,7 @@ class Spy(nn.Module):
         return self.linear(x)
 
 
+@pytest.mark.filterwarnings("ignore::pyro_sinkhorn.ot.ConvergenceWarning")  # its codes are wild
 def test_the_users_encoder_sees_the_values_as_they_are_and_learns():
     spy, x = Spy(), 1000 * data()
     guide = AutoImplicit(line, encoder=spy)

@@ -87,6 +87,7 @@ def test_a_small_batch_warns(guide_of, validation):
     svi.step(x)
 
 
+@pytest.mark.filterwarnings("ignore:Encountered NaN")  # Pyro's, before the error
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("n", [N, 3000], ids=["short", "long"])
 def test_nan_in_the_data(guide_of, validation, value, n):
@@ -121,6 +122,7 @@ def test_integers_for_a_bernoulli(guide_of, validation):
     x = torch.randint(0, 2, (N, 2))
     with pytest.raises(ProgramError, match="observed site 'x': the data are torch.int64 where Bernoulli"):
         step(program, guide_of(program), x)
+    pyro.clear_param_store()
     step(program, guide_of(program), x.double())
 
 
@@ -240,9 +242,8 @@ def test_an_unknown_support(guide_of, validation):
             pyro.sample("z", Implicit(torch.eye(2).expand(len(x), 2, 2), event_dim=2))
 
     guide = guide_of(program) if isinstance(guide_of(program), AutoImplicit) else guide
-    with pytest.raises(ValueError, match=r"latent site 'z': LKJCholesky with event shape \(2, 2\).*register_geometry") as e:
+    with pytest.raises(ValueError, match=r"(?s)latent site 'z': LKJCholesky with event shape \(2, 2\).*register_geometry"):
         step(program, guide, data())
-    assert "\n" in str(e.value)
 
 
 def test_a_discrete_latent(guide_of, validation):
@@ -405,7 +406,7 @@ def test_an_implicit_guide_of_a_global(validation):
 
 
 def test_an_implicit_guide_in_an_elbo(guide_of, validation):
-    with pytest.raises(NotImplementedError, match="Implicit has no density.*loss=pyro_sinkhorn.Trace_Sinkhorn"):
+    with pytest.raises(ValueError, match="(?s)at site 'z'.*Implicit has no density.*loss=pyro_sinkhorn.Trace_Sinkhorn"):
         step(model, guide_of(model), data(), loss=Trace_ELBO())
 
 
@@ -415,5 +416,5 @@ def test_an_implicit_likelihood():
             z = pyro.sample("z", normal())
             pyro.sample("x", Implicit(z, event_dim=1), obs=x)
 
-    with pytest.raises(ProgramError, match="observed site 'x' of the model cannot be scored.*Implicit has no density"):
+    with pytest.raises(ProgramError, match="(?s)observed site 'x' of the model cannot be scored.*Implicit has no density"):
         step(program, by_hand, data())
