@@ -49,7 +49,9 @@ def fit(model: Any, x: Tensor, batch: int, steps: int, lr: float, seed: int, **o
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
     guide = AutoImplicit(model)
-    optim = pyro.optim.CosineAnnealingLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": lr}, "T_max": steps})
+    optim = pyro.optim.CosineAnnealingLR(
+        {"optimizer": torch.optim.Adam, "optim_args": {"lr": lr}, "T_max": steps}
+    )
     svi = SVI(model, guide, optim, Trace_Sinkhorn(**options))
     for _ in range(steps):
         svi.step(x[torch.randperm(len(x))[:batch]])
@@ -77,7 +79,9 @@ def run_dependence(groups: str, seed: int, steps: int) -> dict[str, Any]:
 
 def main() -> None:
     """Run, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--smoke-test", action="store_true")
     options = parser.parse_args()
     steps, seeds = (3, [0]) if options.smoke_test else (1500, [0, 1, 2])

@@ -167,7 +167,9 @@ def global_means() -> str:
     lines = []
     for weight in weights:
         rows = [row for row in result["global"] if row["prior_weight"] == weight]
-        lines.append([f"{weight:g}", *(", ".join(f"{row[key]:.3f}" for row in rows) for key in ("mean", "sd"))])
+        lines.append(
+            [f"{weight:g}", *(", ".join(f"{row[key]:.3f}" for row in rows) for key in ("mean", "sd"))]
+        )
     exact = result["exact"]
     head = ["prior_weight", f"mean (exact {exact['mean']:.3f})", f"sd (exact {exact['sd']:.3f})"]
     return table(head, lines) + origin(result)

@@ -70,7 +70,9 @@ def _explain(
         )
     if isinstance(error, RuntimeError) and "device" in text:
         places = {spoken(path): value.device for path, value in tensors_of(args, kwargs)}
-        places |= {f"site {name!r}": value.device for name, value in sites.items() if isinstance(value, Tensor)}
+        places |= {
+            f"site {name!r}": value.device for name, value in sites.items() if isinstance(value, Tensor)
+        }
         where = ", ".join(f"{name} on {device}" for name, device in places.items())
         return ProgramError(
             f"the {owner} mixes devices ({text}). It has seen {where}: move data, modules and constants to one device, "
@@ -89,7 +91,9 @@ def _explain_parameter(
     what = what.replace(" to satisfy the constraint ", " does not satisfy ")
     for path, value in tensors_of(args, kwargs):
         if not bool(value.isfinite().all()):
-            return NonFiniteError(f"{spoken(path)} of the {owner}: {bad_rows(value)}; remove or mask them ({what})")
+            return NonFiniteError(
+                f"{spoken(path)} of the {owner}: {bad_rows(value)}; remove or mask them ({what})"
+            )
     for name, value in sites.items():
         if isinstance(value, Tensor) and not bool(value.isfinite().all()):
             return NonFiniteError(

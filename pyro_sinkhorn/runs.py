@@ -92,7 +92,11 @@ def run_model(
     """
     names = set(stop_after)
     with poutine.block(), preserved_buffers(), torch.set_grad_enabled(grad and torch.is_grad_enabled()):
-        with poutine.trace() as tracer, _Substitute(values or {}), explained("model", tracer.trace, args, kwargs):
+        with (
+            poutine.trace() as tracer,
+            _Substitute(values or {}),
+            explained("model", tracer.trace, args, kwargs),
+        ):
             try:
                 if names:
                     with _StopAfter(names):

@@ -137,7 +137,7 @@ def in_module(name, value):
 
 
 def network_elsewhere(x):
-    return elsewhere.thing(x)  # noqa: F821, put there by the test
+    return elsewhere.thing(x)  # noqa: F821 put into the globals by a test
 
 
 FINDS = {

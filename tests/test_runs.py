@@ -170,7 +170,9 @@ def test_an_empty_plate():
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(0.0, 1.0))
 
-    with pytest.raises(ProgramError, match=r"plate of the model has size 0.*argument 0 \(0, 2\), argument 'names'\['a'\]"):
+    with pytest.raises(
+        ProgramError, match=r"plate of the model has size 0.*argument 0 \(0, 2\), argument 'names'\['a'\]"
+    ):
         run_model(model, (X[:0],), {"names": {"a": torch.zeros(3), "b": "c"}})
 
 
@@ -202,7 +204,9 @@ def test_nan_is_traced_to_its_cause(n):
         run_model(model, (bad, 0.0), {})
     with pytest.raises(NonFiniteError, match=r"^site 'z' of the model.* in 1 rows"):
         run_model(model, (x, 0.0), {}, values={"z": bad})
-    with pytest.raises(NonFiniteError, match=r"^the model made NaN after its sites \['z'\], of finite arguments"):
+    with pytest.raises(
+        NonFiniteError, match=r"^the model made NaN after its sites \['z'\], of finite arguments"
+    ):
         run_model(lambda x: model(x, bad), (x,), {})
 
 
@@ -212,13 +216,15 @@ def test_parameters_that_are_not_valid_though_finite():
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("w", dist.Normal(z, -torch.ones(len(x))))
 
-    with pytest.raises(ProgramError, match=r"after its sites \['z'\] that is not valid: parameter scale.*GreaterThan"):
+    with pytest.raises(
+        ProgramError, match=r"after its sites \['z'\] that is not valid: parameter scale.*GreaterThan"
+    ):
         run_model(model, (X,), {})
 
 
 def test_errors_of_the_users_own_pass_unchanged():
     def model():
-        1 / 0  # noqa: B018
+        _ = 1 / 0
 
     with pytest.raises(ZeroDivisionError, match="division by zero"):
         run_model(model, (), {})

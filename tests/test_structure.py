@@ -82,7 +82,9 @@ def test_a_plate_without_data_makes_no_group():
 
     found = structure(model, X)
     assert found.globals == ("weight",)
-    assert [(group.name, [plate.name for plate in group.plates]) for group in found.groups] == [("part", ["data"])]
+    assert [(group.name, [plate.name for plate in group.plates]) for group in found.groups] == [
+        ("part", ["data"])
+    ]
 
 
 def test_sub_sampled_plates_know_both_sizes():
@@ -121,7 +123,9 @@ def test_conditioning_makes_data():
             pyro.sample("x", dist.Normal(z, 1.0))
 
     assert structure(poutine.condition(model, data={"x": X[:, 0]})).data == ("x",)
-    with pytest.raises(ProgramError, match=r"observes nothing: none of its sample sites \['z', 'x'\] has obs="):
+    with pytest.raises(
+        ProgramError, match=r"observes nothing: none of its sample sites \['z', 'x'\] has obs="
+    ):
         structure(model)
 
 
@@ -138,7 +142,9 @@ def test_data_in_no_plate():
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         pyro.sample("x", dist.Normal(z, 1.0).expand(x.shape).to_event(2), obs=x)
 
-    with pytest.raises(ProgramError, match=r"observed sites \['x'\] are in no plate.*with pyro.plate\('data', len\(x\)\)"):
+    with pytest.raises(
+        ProgramError, match=r"observed sites \['x'\] are in no plate.*with pyro.plate\('data', len\(x\)\)"
+    ):
         structure(model, X)
 
 
@@ -148,7 +154,9 @@ def test_data_in_a_sequential_plate():
         for i in pyro.plate("data", len(x)):
             pyro.sample(f"x{i}", dist.Normal(z, 1.0), obs=x[i, 0])
 
-    with pytest.raises(ProgramError, match=r"'x0' is in the sequential plate 'data'.*with pyro.plate\('data', size\)"):
+    with pytest.raises(
+        ProgramError, match=r"'x0' is in the sequential plate 'data'.*with pyro.plate\('data', size\)"
+    ):
         structure(model, X)
 
 
@@ -166,7 +174,9 @@ PER_SLICE = {
     "dirichlet": lambda c: dist.Dirichlet(c.exp().unsqueeze(-1).expand(N, 3)),
     "dirichlet rows": lambda c: dist.Dirichlet(c.exp()[:, None, None].expand(N, 2, 3)).to_event(1),
     "multivariate": lambda c: dist.MultivariateNormal(c.unsqueeze(-1).expand(N, 3), scale_tril=SCALE),
-    "scale matrix": lambda c: dist.MultivariateNormal(torch.zeros(3), scale_tril=SCALE * c.exp()[:, None, None]),
+    "scale matrix": lambda c: dist.MultivariateNormal(
+        torch.zeros(3), scale_tril=SCALE * c.exp()[:, None, None]
+    ),
     "scale matrices": lambda c: dist.MultivariateNormal(
         torch.zeros(2, 3), scale_tril=(SCALE * c.exp()[:, None, None]).unsqueeze(1)
     ).to_event(1),

@@ -36,7 +36,9 @@ class Sphere(Geometry):
     def head(self, raw: Tensor) -> Tensor:
         """``raw / |raw|``; the exact origin, which has no direction, becomes the first axis."""
         vector, size = _of_unit_size(self.unflatten(raw))
-        first_axis = torch.nn.functional.one_hot(torch.zeros((), dtype=torch.long), vector.shape[-1]).to(vector)
+        first_axis = torch.nn.functional.one_hot(torch.zeros((), dtype=torch.long), vector.shape[-1]).to(
+            vector
+        )
         vector = torch.where(size > 0, vector, first_axis)
         return vector / vector.norm(dim=-1, keepdim=True)
 

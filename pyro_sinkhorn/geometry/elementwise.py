@@ -36,7 +36,9 @@ class Real(Elementwise):
         """Standard deviation, or interquartile range over 1.349 (a normal's ratio of the two) for heavy tails."""
         if not self.heavy_tailed:
             return super().unit(embedded)
-        quartiles = embedded.quantile(torch.tensor([0.25, 0.75], dtype=embedded.dtype, device=embedded.device), dim=0)
+        quartiles = embedded.quantile(
+            torch.tensor([0.25, 0.75], dtype=embedded.dtype, device=embedded.device), dim=0
+        )
         spread = (quartiles[1] - quartiles[0]) / 1.349
         return torch.where(spread > 0, spread, torch.ones_like(spread))
 
@@ -78,13 +80,17 @@ class HalfLine(Elementwise):
 class Interval(Elementwise):
     """``interval(low, high)``. Head: sigmoid, then affine. Embedding: position in the interval over its prior sd."""
 
-    def __init__(self, event_shape: torch.Size, low: float | Tensor = 0.0, high: float | Tensor = 1.0) -> None:
+    def __init__(
+        self, event_shape: torch.Size, low: float | Tensor = 0.0, high: float | Tensor = 1.0
+    ) -> None:
         super().__init__(event_shape)
         self.low, self.high = low, high
 
     def head(self, raw: Tensor) -> Tensor:
         """``low + (high - low) * sigmoid(raw)``, kept off the ends by the rounding there, so that open ones hold."""
-        low, high = (torch.as_tensor(end, dtype=raw.dtype, device=raw.device) for end in (self.low, self.high))
+        low, high = (
+            torch.as_tensor(end, dtype=raw.dtype, device=raw.device) for end in (self.low, self.high)
+        )
         margin = 2 * torch.finfo(raw.dtype).eps * torch.maximum(low.abs(), high.abs())
         return low + margin + (high - low - 2 * margin) * self.unflatten(raw).sigmoid()
 

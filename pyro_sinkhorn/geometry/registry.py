@@ -80,7 +80,11 @@ def base_support(fn: Any) -> Any:
 
 def _core(fn: Any) -> Any:
     """The distribution under Independent, Masked and Expanded, whose type says what it is."""
-    wrappers = (torch.distributions.Independent, dist.MaskedDistribution, dist.torch_distribution.ExpandedDistribution)
+    wrappers = (
+        torch.distributions.Independent,
+        dist.MaskedDistribution,
+        dist.torch_distribution.ExpandedDistribution,
+    )
     while isinstance(fn, wrappers):
         fn = fn.base_dist
     return fn
@@ -118,8 +122,12 @@ register_geometry(dist.VonMises, lambda fn: Circle(fn.event_shape))
 register_geometry(constraints.real, lambda fn: Real(fn.event_shape))
 register_geometry(constraints.positive, lambda fn: HalfLine(fn.event_shape, base_support(fn).lower_bound))
 register_geometry(constraints.greater_than, lambda fn: HalfLine(fn.event_shape, base_support(fn).lower_bound))
-register_geometry(constraints.greater_than_eq, lambda fn: HalfLine(fn.event_shape, base_support(fn).lower_bound))
-register_geometry(constraints.less_than, lambda fn: HalfLine(fn.event_shape, base_support(fn).upper_bound, sign=-1))
+register_geometry(
+    constraints.greater_than_eq, lambda fn: HalfLine(fn.event_shape, base_support(fn).lower_bound)
+)
+register_geometry(
+    constraints.less_than, lambda fn: HalfLine(fn.event_shape, base_support(fn).upper_bound, sign=-1)
+)
 for _bounded in (constraints.interval, constraints.half_open_interval):
     register_geometry(
         _bounded,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pyro_sinkhorn.distributions.implicit import Implicit
 from pyro_sinkhorn.errors import NonFiniteError, ProgramError
 from pyro_sinkhorn.geometry.registry import geometry_of
-from pyro_sinkhorn.guide.encoder import DefaultEncoder, NoiseHead
+from pyro_sinkhorn.guide.encoder import DefaultEncoder, NoiseHead, check_device
 from pyro_sinkhorn.guide.global_guide import GLOBAL_GUIDES
 from pyro_sinkhorn.guide.layout import features_of, place_extra_plates, plate_shape, rows_of
 from pyro_sinkhorn.guide.observed import Observed, find_observed, read_observed
@@ -112,7 +112,9 @@ class AutoImplicit(PyroModule):
         assert structure is not None
         prior = run_model(self.model, args, kwargs, stop_after=structure.latents, grad=True)
         indices = subsamples(prior)
-        inputs = read_observed(self._observed, args, kwargs, indices, lambda: self._run_observed(args, kwargs, indices))
+        inputs = read_observed(
+            self._observed, args, kwargs, indices, lambda: self._run_observed(args, kwargs, indices)
+        )
         self.last_inputs = {} if self._encoder_input is not None else inputs
         plates = {plate.name: plate for name in structure.latents for plate in plates_of(prior.nodes[name])}
         contexts = {
@@ -129,7 +131,9 @@ class AutoImplicit(PyroModule):
                 values[name] = guide(site["fn"])
         if values and structure.groups:
             # Again, now below the globals of this call: locals are produced relative to their prior.
-            prior = run_model(self.model, args, kwargs, values=values | indices, stop_after=structure.latents, grad=True)
+            prior = run_model(
+                self.model, args, kwargs, values=values | indices, stop_after=structure.latents, grad=True
+            )
         coarse_code: list[tuple[tuple[Plate, ...], Tensor]] = []
         for i, group in enumerate(structure.groups):
             current = tuple(plates[plate.name] for plate in group.plates)
@@ -180,7 +184,7 @@ class AutoImplicit(PyroModule):
         if self._encoder_input is not None:
             read = self._encoder_input(*args, **kwargs)
         assert self.encoder is not None
-        _check_device(self.encoder, read)
+        check_device(self.encoder, read)
         code = self.encoder(read)
         sizes = tuple(plate.size for plate in plates)
         if not isinstance(code, Tensor) or code.dim() < 2 or math.prod(code.shape[:-1]) != math.prod(sizes):
@@ -193,7 +197,13 @@ class AutoImplicit(PyroModule):
         return code.reshape(*plate_shape(plates), -1)
 
     def _sample_group(
-        self, i: int, group: Group, plates: tuple[Plate, ...], code: Tensor, prior: Trace, contexts: dict[str, Any]
+        self,
+        i: int,
+        group: Group,
+        plates: tuple[Plate, ...],
+        code: Tensor,
+        prior: Trace,
+        contexts: dict[str, Any],
     ) -> dict[str, Tensor]:
         head, noise_dim = self.heads[i], self._noise_dims[i]
         names = {plate.name for plate in plates}
@@ -282,7 +292,15 @@ class AutoImplicit(PyroModule):
         return super().state_dict(*args, **kwargs)
 
     def _make_networks(
-        self, i: int, group: Group, structure: Structure, inputs: Any, draws: list[Trace], coarse: Any, args: Any, kwargs: Any
+        self,
+        i: int,
+        group: Group,
+        structure: Structure,
+        inputs: Any,
+        draws: list[Trace],
+        coarse: Any,
+        args: Any,
+        kwargs: Any,
     ) -> None:
         value = draws[0].nodes[group.sites[0]]["value"]
         factory = {"device": value.device, "dtype": value.dtype if value.is_floating_point() else None}
@@ -292,7 +310,7 @@ class AutoImplicit(PyroModule):
             else:
                 features = features_of(self._observed, inputs, group.plates)
             encoder = DefaultEncoder(features.shape[-1]).to(**factory)
-            _check_device(encoder, features)
+            check_device(encoder, features)
             encoder.standardise.fit(features.flatten(0, -2))
             self.encoders.append(encoder)
         self._structure = structure
@@ -316,15 +334,6 @@ class AutoImplicit(PyroModule):
         head.scale.copy_(torch.cat(scales))
         self.heads.append(head)
         self._noise_dims.append(noise_dim)
-
-
-def _check_device(module: nn.Module, read: Any) -> None:
-    parameter = next(module.parameters(), None)
-    if isinstance(read, Tensor) and parameter is not None and read.device != parameter.device:
-        raise ProgramError(
-            f"the encoder's parameters are on {parameter.device} and the observed values, of shape {tuple(read.shape)}, "
-            f"on {read.device}: move one of them, for example with x.to({str(parameter.device)!r})"
-        )
 
 
 @contextmanager

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+from pyro_sinkhorn.errors import ProgramError
 
 
 class Standardise(nn.Module):
@@ -75,7 +79,11 @@ class NoiseHead(nn.Module):
     def __init__(self, width: int, noise_dim: int, num_raw: int, hidden: int = 128) -> None:
         super().__init__()
         self.mixed = nn.Sequential(
-            nn.Linear(width + noise_dim, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, num_raw)
+            nn.Linear(width + noise_dim, hidden),
+            nn.SiLU(),
+            nn.Linear(hidden, hidden),
+            nn.SiLU(),
+            nn.Linear(hidden, num_raw),
         )
         self.direct = nn.Linear(width + noise_dim, num_raw)
         self.register_buffer("loc", torch.zeros(num_raw))
@@ -85,3 +93,16 @@ class NoiseHead(nn.Module):
         """``(..., width)`` and ``(..., noise_dim)`` to ``(..., num_raw)``."""
         joined = code if noise is None else torch.cat([code, noise], -1)
         return self.loc + self.scale * (self.direct(joined) + self.mixed(joined))
+
+
+def check_device(module: nn.Module, read: Any) -> None:
+    """Refuse to mix devices, naming both.
+
+    :raises ProgramError: the module is elsewhere than what it is to read
+    """
+    parameter = next(module.parameters(), None)
+    if isinstance(read, Tensor) and parameter is not None and read.device != parameter.device:
+        raise ProgramError(
+            f"the encoder's parameters are on {parameter.device} and the observed values, of shape {tuple(read.shape)}, "
+            f"on {read.device}: move one of them, for example with x.to({str(parameter.device)!r})"
+        )

@@ -49,7 +49,9 @@ class DeltaGlobal(PyroModule):
 
     def forward(self, fn: Any) -> Tensor:
         """Sample the site."""
-        return pyro.sample(self.site_name, dist.Delta(biject_to(fn.support)(self.loc), event_dim=self.event_dim))
+        return pyro.sample(
+            self.site_name, dist.Delta(biject_to(fn.support)(self.loc), event_dim=self.event_dim)
+        )
 
 
 GLOBAL_GUIDES: dict[str, Callable[..., PyroModule]] = {"normal": NormalGlobal, "delta": DeltaGlobal}

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
@@ -40,7 +39,11 @@ class Observed:
 
 
 def find_observed(
-    trace: Trace, structure: Structure, args: tuple[Any, ...], kwargs: dict[str, Any], indices: dict[str, Tensor]
+    trace: Trace,
+    structure: Structure,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    indices: dict[str, Tensor],
 ) -> list[Observed]:
     """Describe every observed site of a complete run."""
     found = []
@@ -79,7 +82,9 @@ def read_observed(
     return values
 
 
-def _source(value: Tensor, tensors: dict[Path, Tensor], indices: dict[str, Tensor], plates: tuple[Plate, ...]) -> Source:
+def _source(
+    value: Tensor, tensors: dict[Path, Tensor], indices: dict[str, Tensor], plates: tuple[Plate, ...]
+) -> Source:
     for path, tensor in tensors.items():
         if value is tensor:
             return Source(path)
@@ -95,7 +100,13 @@ def _source(value: Tensor, tensors: dict[Path, Tensor], indices: dict[str, Tenso
                     if picked.shape == value.shape and picked.dtype == value.dtype and _same(picked, value):
                         return Source(path, axis, plate.name)
         shares = value.data_ptr() == tensor.data_ptr() and value.numel() == tensor.numel()
-        if shares and value.dtype == tensor.dtype and value.dim() and value.is_contiguous() and tensor.is_contiguous():
+        if (
+            shares
+            and value.dtype == tensor.dtype
+            and value.dim()
+            and value.is_contiguous()
+            and tensor.is_contiguous()
+        ):
             if value.shape == tensor.shape:
                 return Source(path)
             if len(plates) == 1 and tensor.dim() and value.shape[0] == tensor.shape[0] == plates[0].size:

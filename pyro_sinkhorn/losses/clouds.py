@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from pyro.poutine.trace_struct import Trace
@@ -86,7 +85,9 @@ def rows(columns: Tensor, n_particles: int, plates: tuple[Plate, ...]) -> Tensor
     axes = [len(batch) + plate.dim for plate in plates]
     for plate, axis in zip(plates, axes, strict=True):
         if batch[axis] not in (1, plate.size):
-            raise ProgramError(f"plate {plate.name!r} has {plate.size} slices but a value has {batch[axis]} there")
+            raise ProgramError(
+                f"plate {plate.name!r} has {plate.size} slices but a value has {batch[axis]} there"
+            )
     particle_axis = [0] if n_particles > 1 and batch[0] == n_particles and 0 not in axes else []
     others = [axis for axis in range(len(batch)) if axis not in axes and axis not in particle_axis]
     shape = list(columns.shape)

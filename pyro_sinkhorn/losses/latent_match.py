@@ -57,7 +57,9 @@ class LatentMatch:
     :param num_prior_batches: independent prior clouds a call
     """
 
-    def __init__(self, options: MatchOptions, grouping: Grouping = "joint", num_prior_batches: int = 1) -> None:
+    def __init__(
+        self, options: MatchOptions, grouping: Grouping = "joint", num_prior_batches: int = 1
+    ) -> None:
         self.options = options
         self.grouping = grouping
         self.num_prior_batches = num_prior_batches
@@ -98,15 +100,25 @@ class LatentMatch:
         # is spared where parameters agree even below different latents.
         if any(varying_parameters(priors[0], group) is not None for group, _ in groups):
             constant = call.constant(priors[0])
-        return [self._compare_group(call, left, priors, constant, group, carried) for group, carried in groups]
+        return [
+            self._compare_group(call, left, priors, constant, group, carried) for group, carried in groups
+        ]
 
     def _compare_group(
-        self, call: Call, left: Trace, priors: list[Trace], constant: Trace | None, group: Group, carried: tuple[str, ...]
+        self,
+        call: Call,
+        left: Trace,
+        priors: list[Trace],
+        constant: Trace | None,
+        group: Group,
+        carried: tuple[str, ...],
     ) -> GroupMatch:
         weights, n_data = slices(call.scored, group)
         if n_data == 0:
             return GroupMatch(group.name, torch.zeros(()), 0.0)
-        if group.name not in self.state.mean_costs or any(n not in self.state.units for n in (*carried, *group.sites)):
+        if group.name not in self.state.mean_costs or any(
+            n not in self.state.units for n in (*carried, *group.sites)
+        ):
             self._estimate(call, priors[0], group, carried)
         features = self._features(constant, group, carried)
 

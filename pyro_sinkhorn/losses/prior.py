@@ -40,7 +40,12 @@ def prior_trace(
 
 
 def constant_trace(
-    model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], structure: Structure, scored: Trace, prior: Trace
+    model: Model,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    structure: Structure,
+    scored: Trace,
+    prior: Trace,
 ) -> Trace:
     """The model run with every local latent equal in all slices: what then varies comes from covariates."""
     values = {name: scored.nodes[name]["value"] for name in structure.globals} | subsamples(scored)

@@ -40,10 +40,15 @@ def warn_of_untrained(
     ``SVI`` trains what the param store holds. A network used without ``pyro.module``, or under a name that another
     one took before, keeps its random weights, and nothing else would say so.
     """
-    with poutine.block(), torch.no_grad(), preserved_buffers(), torch.random.fork_rng(devices=[]):
-        with recorded_modules() as called:
-            guide_trace = run_guide(guide, args, kwargs)
-            traces = [guide_trace, run_scored(model, guide_trace, args, kwargs)]
+    with (
+        poutine.block(),
+        torch.no_grad(),
+        preserved_buffers(),
+        torch.random.fork_rng(devices=[]),
+        recorded_modules() as called,
+    ):
+        guide_trace = run_guide(guide, args, kwargs)
+        traces = [guide_trace, run_scored(model, guide_trace, args, kwargs)]
     known = {
         id(parameter)
         for trace in traces

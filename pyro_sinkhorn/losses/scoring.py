@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_sinkhorn.distributions.implicit import Implicit
 from pyro_sinkhorn.errors import NonFiniteError, ProgramError
-from pyro_sinkhorn.explain import bad_rows, explained
+from pyro_sinkhorn.explain import explained
 from pyro_sinkhorn.structure import Site, Structure, innermost, is_data, is_latent, plates_of, sample_sites
 
 
@@ -81,7 +81,9 @@ def check_inputs(read: dict[str, Tensor], model: Trace) -> None:
         observed = model.nodes[name]["value"]
         if value is observed:
             continue
-        if value.shape != observed.shape or bool(((value != observed) & ~(value.isnan() & observed.isnan())).any()):
+        if value.shape != observed.shape or bool(
+            ((value != observed) & ~(value.isnan() & observed.isnan())).any()
+        ):
             raise ProgramError(
                 f"observed site {name!r}: AutoImplicit read a value of shape {tuple(value.shape)} off the model's "
                 f"arguments, where an earlier call had the data, but the model now observes another one, of shape "

@@ -125,7 +125,9 @@ class Trace_Sinkhorn(ELBO):
         if not (relative_epsilon > 0 and math.isfinite(relative_epsilon)):
             raise ValueError(f"relative_epsilon is {relative_epsilon}: expected a positive number")
         if match_size < 1 or num_prior_batches < 1:
-            raise ValueError(f"match_size is {match_size}, num_prior_batches {num_prior_batches}: expected at least 1")
+            raise ValueError(
+                f"match_size is {match_size}, num_prior_batches {num_prior_batches}: expected at least 1"
+            )
         if groups not in ("joint", "marginal"):
             raise ValueError(f"groups is {groups!r}: expected 'joint' or 'marginal'")
         if debias not in ("independent", "self", None):
@@ -179,7 +181,9 @@ class Trace_Sinkhorn(ELBO):
         self.terms = _mean_terms(terms)
         return sum(losses) / len(losses)
 
-    def loss_and_grads(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
+    def loss_and_grads(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> float:
         """An estimate of the loss; its gradients are added to the parameters', a particle at a time."""
         if not self._checked_registration:
             self._checked_registration = True
@@ -236,7 +240,9 @@ class Trace_Sinkhorn(ELBO):
                 names = set(structure.globals)
                 log_ratio = log_density(guide, names, "guide") - log_density(scored, names, "model")
                 log_ratio = log_ratio / n_particles
-            matches = self.latent_match(Call(model, args, kwargs, structure, scored)) if self.prior_weight else []
+            matches = (
+                self.latent_match(Call(model, args, kwargs, structure, scored)) if self.prior_weight else []
+            )
         except (NonFiniteError, ProgramError) as error:
             # A NaN upstream shows first as somebody else's complaint: report the cause, not the symptom.
             raise (blame(scored, guide, structure) or error) from error

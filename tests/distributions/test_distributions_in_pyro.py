@@ -39,7 +39,7 @@ def test_sphere_priors_in_plates():
     t.compute_log_prob()
     for name, batch in (("centre", (4, 1)), ("flat", (4, 5)), ("near", (4, 5))):
         site = t.nodes[name]
-        assert site["value"].shape == batch + (3,)
+        assert site["value"].shape == (*batch, 3)
         assert site["log_prob"].shape == batch
     draws = t.nodes["flat"]["value"].reshape(-1, 3)
     assert len(draws.unique(dim=0)) == 20  # a plate draws, it does not repeat

@@ -29,7 +29,7 @@ def test_draws(dim, dtype):
     )
 
 
-@pytest.mark.parametrize("dim, surface", [(2, 2 * math.pi), (3, 4 * math.pi), (4, 2 * math.pi**2)])
+@pytest.mark.parametrize(("dim", "surface"), [(2, 2 * math.pi), (3, 4 * math.pi), (4, 2 * math.pi**2)])
 def test_density_and_entropy(dim, surface):
     d = HypersphericalUniform(dim, (5,), dtype=torch.float64)
     log_prob = d.log_prob(d.sample((2,)))

@@ -49,13 +49,13 @@ def integrate(d, function):
 CASES = [(d, k) for d in (2, 3, 8, 64, 512) for k in (0.0, 1e-3, 1.0, 100.0, 1e5)]
 
 
-@pytest.mark.parametrize("dim, kappa", CASES)
+@pytest.mark.parametrize(("dim", "kappa"), CASES)
 def test_density_integrates_to_one(dim, kappa):
     # The off-centre rounding of x costs kappa * 1e-16.
     assert integrate(vmf(dim, kappa), lambda log_prob, w: 1.0) == pytest.approx(1, abs=1e-8)
 
 
-@pytest.mark.parametrize("dim, kappa", CASES[::2])
+@pytest.mark.parametrize(("dim", "kappa"), CASES[::2])
 def test_mean_variance_and_entropy_by_quadrature(dim, kappa):
     d = vmf(dim, kappa)
     mean = integrate(d, lambda log_prob, w: w)
@@ -74,7 +74,7 @@ def test_mean_variance_and_entropy_by_quadrature(dim, kappa):
 
 # Not in high dimension at low concentration, where scipy's normaliser underflows.
 @pytest.mark.parametrize(
-    "dim, kappa", [(d, k) for d in (2, 3, 8) for k in (1e-3, 1.0, 100.0)] + [(64, 500.0)]
+    ("dim", "kappa"), [(d, k) for d in (2, 3, 8) for k in (1e-3, 1.0, 100.0)] + [(64, 500.0)]
 )
 def test_log_prob_agrees_with_scipy(dim, kappa):
     d = vmf(dim, kappa)
@@ -151,7 +151,7 @@ def test_float32_log_prob_keeps_its_digits_at_high_concentration():
         assert d.mean.dtype == d.variance.dtype == d.entropy().dtype == torch.float32
 
 
-@pytest.mark.parametrize("dim, kappa", [(2, 0.5), (3, 5.0), (8, 100.0), (64, 3.0)])
+@pytest.mark.parametrize(("dim", "kappa"), [(2, 0.5), (3, 5.0), (8, 100.0), (64, 3.0)])
 def test_kl_divergences_by_quadrature_and_sampling(dim, kappa):
     torch.manual_seed(0)
     p = vmf(dim, kappa)

@@ -51,7 +51,9 @@ PRIORS = {
     "beta": lambda: dist.Beta(0.5, 2.0),
     "uniform": lambda: dist.Uniform(t(-1.0, 100.0), t(3.0, 101.0)).to_event(1),
     "half-open": lambda: HalfOpen(-1.0, 3.0),
-    "logit-normal": lambda: dist.TransformedDistribution(dist.Normal(0.0, 2.0), [transforms.SigmoidTransform()]),
+    "logit-normal": lambda: dist.TransformedDistribution(
+        dist.Normal(0.0, 2.0), [transforms.SigmoidTransform()]
+    ),
     "dirichlet": lambda: dist.Dirichlet(torch.ones(4)),
     "sparse dirichlet": lambda: dist.Dirichlet(torch.full((10,), 0.05)),
     "dirichlet rows": lambda: dist.Dirichlet(torch.ones(2, 3)).to_event(1),
@@ -238,7 +240,11 @@ def test_heavy_tails_are_compressed_by_the_quartiles_of_the_prior(name):
 
 
 def test_a_constant_prior_leaves_coordinates_as_they_are():
-    for geometry in (Real(torch.Size([2])), Real(torch.Size([2]), heavy_tailed=True), Sphere(torch.Size([3]))):
+    for geometry in (
+        Real(torch.Size([2])),
+        Real(torch.Size([2]), heavy_tailed=True),
+        Sphere(torch.Size([3])),
+    ):
         assert (geometry.unit(torch.ones(50, 3)) == 1).all()
 
 

@@ -105,7 +105,9 @@ def test_an_unknown_support_names_the_site_and_the_way_out():
     with pytest.raises(ValueError) as error:
         geometry_of(dist.LKJCholesky(3, 1.0), "rho")
     text = str(error.value)
-    assert text.startswith("latent site 'rho': LKJCholesky with event shape (3, 3) has the support CorrCholesky()")
+    assert text.startswith(
+        "latent site 'rho': LKJCholesky with event shape (3, 3) has the support CorrCholesky()"
+    )
     assert "register_geometry(pyro.distributions.LKJCholesky" in text
     with pytest.raises(ValueError, match="^LKJCholesky with event shape"):
         geometry_of(dist.LKJCholesky(3, 1.0))
@@ -120,10 +122,18 @@ def test_a_distribution_of_the_users_own_is_not_looked_for_in_pyro():
 
 
 @pytest.mark.parametrize(
-    "fn", [dist.Bernoulli(0.5), dist.Categorical(torch.ones(3)), dist.OneHotCategorical(torch.ones(3)), dist.Poisson(2.0)]
+    "fn",
+    [
+        dist.Bernoulli(0.5),
+        dist.Categorical(torch.ones(3)),
+        dist.OneHotCategorical(torch.ones(3)),
+        dist.Poisson(2.0),
+    ],
 )
 def test_a_discrete_latent_is_told_so_instead_of_how_to_embed_it(fn):
-    with pytest.raises(ValueError, match="latent site 'k': .* has the discrete support .* Sum it out") as error:
+    with pytest.raises(
+        ValueError, match="latent site 'k': .* has the discrete support .* Sum it out"
+    ) as error:
         geometry_of(fn, "k")
     assert "register_geometry" not in str(error.value)
 
@@ -149,7 +159,10 @@ def test_the_recipe_of_the_error_works_when_followed():
             "        rows = torch.stack([torch.ones_like(c), torch.zeros_like(c), c, s], -1)\n"
             "        return rows.reshape(*raw.shape[:-1], 2, 2)",
         ),
-        ("def embed(self, value): ...", "def embed(self, value):\n        return self.flatten(value)[..., 2:]"),
+        (
+            "def embed(self, value): ...",
+            "def embed(self, value):\n        return self.flatten(value)[..., 2:]",
+        ),
     ]:
         assert heading in recipe
         recipe = recipe.replace(heading, body)

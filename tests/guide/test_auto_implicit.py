@@ -38,7 +38,9 @@ def supports(x):
         d = pyro.sample("d", HypersphericalUniform(3))
         e = pyro.sample("e", dist.VonMises(0.0, 1.0))
         f = pyro.sample("f", dist.Cauchy(torch.zeros(2), 1.0).to_event(1))
-        observe((a + e).unsqueeze(-1) + b.sum(-1, keepdim=True) + c.sum(-1, keepdim=True) + (d[..., :2] + f), x)
+        observe(
+            (a + e).unsqueeze(-1) + b.sum(-1, keepdim=True) + c.sum(-1, keepdim=True) + (d[..., :2] + f), x
+        )
 
 
 def chain(x):
@@ -101,7 +103,18 @@ def counts(x):
 
 ZOO = {
     program.__name__: program
-    for program in (line, supports, chain, globals_, only_globals, nested, inner_plate, sub_sampled, covariates, counts)
+    for program in (
+        line,
+        supports,
+        chain,
+        globals_,
+        only_globals,
+        nested,
+        inner_plate,
+        sub_sampled,
+        covariates,
+        counts,
+    )
 }
 
 
@@ -265,7 +278,9 @@ def test_a_prior_that_loses_its_moments_later_is_reported():
     guide(x)
     with pyro.validation_enabled(False):
         x[2] = torch.nan
-        with pytest.raises(NonFiniteError, match="latent site 'z': the mean or standard deviation of its prior"):
+        with pytest.raises(
+            NonFiniteError, match="latent site 'z': the mean or standard deviation of its prior"
+        ):
             guide(x)
 
 
@@ -306,7 +321,9 @@ def test_a_discrete_global_is_refused_by_name():
         with pyro.plate("data", len(x)):
             observe(k, x)
 
-    with pytest.raises(ProgramError, match=r"global latent 'k' is a Bernoulli with the discrete support Boolean\(\)"):
+    with pytest.raises(
+        ProgramError, match=r"global latent 'k' is a Bernoulli with the discrete support Boolean\(\)"
+    ):
         AutoImplicit(model)(data())
 
 
@@ -374,7 +391,9 @@ def test_encoder_input_replaces_what_is_read():
     extra = data()
     AutoImplicit(model, encoder=spy, encoder_input=lambda x, extra: extra)(data(), extra)
     assert spy.seen[-1] is extra
-    guide = AutoImplicit(model, encoder_input=lambda x, extra: extra.unsqueeze(1).expand(-1, 3, -1), noise_dim=0)
+    guide = AutoImplicit(
+        model, encoder_input=lambda x, extra: extra.unsqueeze(1).expand(-1, 3, -1), noise_dim=0
+    )
     values = guide(data(), extra)["z"]
     assert torch.equal(values, guide(data(), extra)["z"])  # x is not read
     assert guide.encoders[0].standardise.loc.shape == (6,)
@@ -382,7 +401,9 @@ def test_encoder_input_replaces_what_is_read():
 
 @pytest.mark.parametrize("encoder_input", [lambda x: x, lambda x: x.flatten(), lambda x: 3.0])
 def test_encoder_input_must_have_a_row_for_each_slice(encoder_input):
-    with pytest.raises(ProgramError, match=r"\(z\): encoder_input returned .* first dimensions are \(8,\).*\['data'\]"):
+    with pytest.raises(
+        ProgramError, match=r"\(z\): encoder_input returned .* first dimensions are \(8,\).*\['data'\]"
+    ):
         AutoImplicit(sub_sampled, encoder_input=encoder_input)(data())
 
 
@@ -390,7 +411,10 @@ def test_encoder_input_must_have_a_row_for_each_slice(encoder_input):
     ("encoder", "got"),
     [
         (nn.Flatten(0), r"\(32,\)"),
-        (nn.Linear(2, 2).requires_grad_(False) and nn.Sequential(nn.Flatten(0), nn.Unflatten(0, (8, 4))), r"\(8, 4\)"),
+        (
+            nn.Linear(2, 2).requires_grad_(False) and nn.Sequential(nn.Flatten(0), nn.Unflatten(0, (8, 4))),
+            r"\(8, 4\)",
+        ),
         (nn.LSTM(2, 2), "tuple"),
     ],
 )
@@ -418,7 +442,9 @@ def test_a_model_without_latents():
 def test_data_of_another_width():
     guide = AutoImplicit(line)
     guide(data())
-    with pytest.raises(ProgramError, match=r"\(z\): the encoder was made for 2 observed numbers .* now gets 5"):
+    with pytest.raises(
+        ProgramError, match=r"\(z\): the encoder was made for 2 observed numbers .* now gets 5"
+    ):
         guide(torch.randn(16, 5))
 
 

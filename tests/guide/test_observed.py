@@ -62,7 +62,10 @@ def same(values, truth):
 DIRECT = {
     "argument": (lambda r: lambda x: observe(r.decoder, x), lambda s, n: ((data(s, n),), {})),
     "keyword": (lambda r: lambda *, x: observe(r.decoder, x), lambda s, n: ((), {"x": data(s, n)})),
-    "list": (lambda r: lambda xs: observe(r.decoder, xs[1]), lambda s, n: (([data(s + 1, n), data(s, n)],), {})),
+    "list": (
+        lambda r: lambda xs: observe(r.decoder, xs[1]),
+        lambda s, n: (([data(s + 1, n), data(s, n)],), {}),
+    ),
     "dict": (lambda r: lambda d: observe(r.decoder, d["x"]), lambda s, n: (({"x": data(s, n), "n": n},), {})),
     "dict in a keyword": (
         lambda r: lambda batch=None: observe(r.decoder, batch["x"]),
@@ -73,8 +76,14 @@ DIRECT = {
         lambda s, n: ((data(s, n, 2, 3),), {}),
     ),
     "viewed": (lambda r: lambda x: observe(r.decoder, x.view(-1, 6)), lambda s, n: ((data(s, n, 2, 3),), {})),
-    "folded": (lambda r: lambda x: observe(r.decoder, x.reshape(-1, 1, 2, 3)), lambda s, n: ((data(s, n, 6),), {})),
-    "with a covariate": (lambda r: lambda c, x: observe(r.decoder, x), lambda s, n: ((data(s + 1, n), data(s, n)), {})),
+    "folded": (
+        lambda r: lambda x: observe(r.decoder, x.reshape(-1, 1, 2, 3)),
+        lambda s, n: ((data(s, n, 6),), {}),
+    ),
+    "with a covariate": (
+        lambda r: lambda c, x: observe(r.decoder, x),
+        lambda s, n: ((data(s + 1, n), data(s, n)), {}),
+    ),
 }
 
 

@@ -171,7 +171,9 @@ def test_without_a_prior_weight_it_is_an_autoencoder():
     slope, shift = pyro.param("slope"), pyro.param("shift")
     expected = -dist.Normal((x + shift) * slope, 0.5).log_prob(x).sum()
     assert value.item() == pytest.approx(expected.item())
-    for ours, theirs in zip(*(torch.autograd.grad(v, [slope, shift]) for v in (value, expected)), strict=True):
+    for ours, theirs in zip(
+        *(torch.autograd.grad(v, [slope, shift]) for v in (value, expected)), strict=True
+    ):
         assert torch.allclose(ours, theirs)
     assert not latents  # the prior is not even drawn
     assert loss.terms.match == {}
@@ -207,7 +209,9 @@ def test_factors_add_to_the_likelihood():
 
     x, loss = data(), Trace_Sinkhorn(**SMALL)
     loss.loss(model, delta, x)
-    assert seeded(loss.loss, with_factor, delta, x) == pytest.approx(seeded(loss.loss, model, delta, x) + 3 * 12)
+    assert seeded(loss.loss, with_factor, delta, x) == pytest.approx(
+        seeded(loss.loss, model, delta, x) + 3 * 12
+    )
 
 
 def test_terms_and_losses_are_means_over_particles():
@@ -350,7 +354,8 @@ def test_two_data_sets_in_plates_of_their_own():
 
 
 @pytest.mark.parametrize(
-    ("default", "given"), [(torch.float64, torch.float32), (torch.float32, torch.float64), (torch.float32, torch.float32)]
+    ("default", "given"),
+    [(torch.float64, torch.float32), (torch.float32, torch.float64), (torch.float32, torch.float32)],
 )
 def test_dtypes_of_data_and_defaults_may_differ(default, given):
     torch.set_default_dtype(default)
@@ -434,7 +439,9 @@ def test_vectorised_particles_of_the_automatic_guide_differ():
             seen.append(z)
             observe(z, x)
 
-    Trace_Sinkhorn(**SMALL, num_particles=3, vectorize_particles=True, max_plate_nesting=1).loss(spy, guide, x)
+    Trace_Sinkhorn(**SMALL, num_particles=3, vectorize_particles=True, max_plate_nesting=1).loss(
+        spy, guide, x
+    )
     z = next(value for value in seen if value.dim() == 3)
     assert z.shape == (3, 12, 2)
     assert not torch.equal(z[0], z[1])
@@ -493,7 +500,9 @@ def test_batch_statistics_follow_the_scored_runs_alone(particles):
             assert network.layers[1].num_batches_tracked == number * particles
     # The statistics are those of the latents that were scored, not of the prior's.
     seen = []
-    handle = prior_net.layers[0].register_forward_hook(lambda module, args, out: seen.append(out.detach().mean(0)))
+    handle = prior_net.layers[0].register_forward_hook(
+        lambda module, args, out: seen.append(out.detach().mean(0))
+    )
     before = prior_net.layers[1].running_mean.clone()
     svi.loss(program, guide, x)
     handle.remove()
@@ -512,7 +521,9 @@ def test_guessing_the_depth_of_plates_leaves_batch_statistics_alone():
             z = pyro.sample("z", normal())
             observe(decoder(z.reshape(-1, 2)).reshape(z.shape), x)
 
-    Trace_Sinkhorn(**SMALL, num_particles=2, vectorize_particles=True).loss(program, AutoImplicit(program), data())
+    Trace_Sinkhorn(**SMALL, num_particles=2, vectorize_particles=True).loss(
+        program, AutoImplicit(program), data()
+    )
     assert decoder.layers[1].num_batches_tracked == 1
 
 
@@ -521,7 +532,18 @@ def test_guessing_the_depth_of_plates_leaves_batch_statistics_alone():
 
 def test_config_makes_an_equal_loss():
     loss = Trace_Sinkhorn(
-        3.0, 0.2, 5, "marginal", 2, "self", "euclidean", 1e-3, 50, "log", num_particles=2, vectorize_particles=True
+        3.0,
+        0.2,
+        5,
+        "marginal",
+        2,
+        "self",
+        "euclidean",
+        1e-3,
+        50,
+        "log",
+        num_particles=2,
+        vectorize_particles=True,
     )
     assert Trace_Sinkhorn(**loss.config()).config() == loss.config()
     assert loss.config()["match_size"] == 5

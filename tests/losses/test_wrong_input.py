@@ -69,7 +69,9 @@ def test_an_empty_batch(guide_of, validation):
 
 
 def test_a_batch_of_one(guide_of, validation):
-    with pytest.raises(ProgramError, match=r"latent group \(z\): a batch of 1 cannot be split .* at least 2 data"):
+    with pytest.raises(
+        ProgramError, match=r"latent group \(z\): a batch of 1 cannot be split .* at least 2 data"
+    ):
         step(model, guide_of(model), data(1))
 
 
@@ -82,7 +84,9 @@ def test_a_batch_of_which_one_is_left_by_a_mask(guide_of, validation):
 def test_a_small_batch_warns(guide_of, validation):
     svi = SVI(model, guide_of(model), Adam({"lr": 1e-3}), loss=Trace_Sinkhorn())
     x = data()
-    with pytest.warns(UserWarning, match=r"latent group \(z\): a batch of 16 gives halves of 8, below match_size=64"):
+    with pytest.warns(
+        UserWarning, match=r"latent group \(z\): a batch of 16 gives halves of 8, below match_size=64"
+    ):
         svi.step(x)
     svi.step(x)
 
@@ -109,7 +113,9 @@ def test_nan_in_later_data(guide_of, validation):
 
 
 def test_integers_where_floats_are_needed(guide_of, validation):
-    with pytest.raises(ProgramError, match=r"observed site 'x': the data are torch.int64 where Normal.*x.float\(\)"):
+    with pytest.raises(
+        ProgramError, match=r"observed site 'x': the data are torch.int64 where Normal.*x.float\(\)"
+    ):
         step(model, guide_of(model), torch.ones(N, 2, dtype=torch.long))
 
 
@@ -132,16 +138,22 @@ def test_data_outside_the_support_of_the_likelihood():
             z = pyro.sample("z", normal())
             pyro.sample("x", dist.LogNormal(z, 1.0).to_event(1), obs=x)
 
-    with pytest.raises(ProgramError, match="observed site 'x' of the model cannot be scored.*LogNormal|TransformedDistr"):
+    with pytest.raises(
+        ProgramError, match="observed site 'x' of the model cannot be scored.*LogNormal|TransformedDistr"
+    ):
         step(program, by_hand, -data().abs())
 
 
 def test_mixed_devices(guide_of, validation):
     """The meta device stands for another one."""
-    with pytest.raises(ProgramError, match=r"(encoder's parameters are on cpu|guide mixes devices).*meta.*x.to\("):
+    with pytest.raises(
+        ProgramError, match=r"(encoder's parameters are on cpu|guide mixes devices).*meta.*x.to\("
+    ):
         step(model, guide_of(model), data().to("meta"))
     program = decoded(lambda z: z + torch.zeros(2, device="meta"))
-    with pytest.raises(ProgramError, match="model mixes devices .*site 'z' on cpu: move data, modules and constants"):
+    with pytest.raises(
+        ProgramError, match="model mixes devices .*site 'z' on cpu: move data, modules and constants"
+    ):
         step(program, guide_of(program), data())
 
 
@@ -157,7 +169,11 @@ def test_nan_from_the_decoder(guide_of, validation):
     bad = torch.zeros(3000, 1)
     bad[1500] = torch.nan  # of a long tensor torch's message shows no NaN
     program = decoded(lambda z: z + bad)
-    text = r"model made NaN after its sites \['z'\].*decoder" if validation else r"site 'x': loc of its Normal.*decoder"
+    text = (
+        r"model made NaN after its sites \['z'\].*decoder"
+        if validation
+        else r"site 'x': loc of its Normal.*decoder"
+    )
     with pytest.raises(NonFiniteError, match=text):
         step(program, guide_of(program), data(3000))
 
@@ -201,7 +217,9 @@ def test_no_plate(guide_of, validation):
         z = pyro.sample("z", normal())
         pyro.sample("x", dist.Normal(z, 1.0).expand(x.shape).to_event(2), obs=x)
 
-    with pytest.raises(ProgramError, match=r"observed sites \['x'\] are in no plate.*pyro.plate\('data', len\(x\)\)"):
+    with pytest.raises(
+        ProgramError, match=r"observed sites \['x'\] are in no plate.*pyro.plate\('data', len\(x\)\)"
+    ):
         step(program, guide_of(program), data())
 
 
@@ -227,7 +245,9 @@ def test_no_observed_site(guide_of, validation):
             pyro.sample("x", normal())
 
     guide = guide_of(program) if isinstance(guide_of(program), AutoImplicit) else guide
-    with pytest.raises(ProgramError, match=r"observes nothing: none of its sample sites \['z', 'x'\] has obs="):
+    with pytest.raises(
+        ProgramError, match=r"observes nothing: none of its sample sites \['z', 'x'\] has obs="
+    ):
         step(program, guide, data())
 
 
@@ -242,7 +262,9 @@ def test_an_unknown_support(guide_of, validation):
             pyro.sample("z", Implicit(torch.eye(2).expand(len(x), 2, 2), event_dim=2))
 
     guide = guide_of(program) if isinstance(guide_of(program), AutoImplicit) else guide
-    with pytest.raises(ValueError, match=r"(?s)latent site 'z': LKJCholesky with event shape \(2, 2\).*register_geometry"):
+    with pytest.raises(
+        ValueError, match=r"(?s)latent site 'z': LKJCholesky with event shape \(2, 2\).*register_geometry"
+    ):
         step(program, guide, data())
 
 
@@ -257,10 +279,14 @@ def test_a_discrete_latent(guide_of, validation):
             pyro.sample("z", dist.Bernoulli(torch.full((2,), 0.5)).to_event(1))
 
     if isinstance(guide_of(program), AutoImplicit):
-        with pytest.raises(ValueError, match=r"latent site 'z': Bernoulli .* discrete support Boolean\(\).*Sum it out"):
+        with pytest.raises(
+            ValueError, match=r"latent site 'z': Bernoulli .* discrete support Boolean\(\).*Sum it out"
+        ):
             step(program, guide_of(program), data())
         return
-    with pytest.raises(ProgramError, match=r"guide site 'z' is a Bernoulli, which is sampled without a gradient"):
+    with pytest.raises(
+        ProgramError, match=r"guide site 'z' is a Bernoulli, which is sampled without a gradient"
+    ):
         step(program, guide, data())
 
 
@@ -270,7 +296,9 @@ def test_a_prior_that_cannot_be_sampled(guide_of, validation):
             raise NotImplementedError
 
     program = functools.partial(model, prior=NoSample(torch.zeros(2), 1.0).to_event(1))
-    with pytest.raises(ProgramError, match=r"latent site 'z': its NoSample cannot be sampled.*its sample\(\) must work"):
+    with pytest.raises(
+        ProgramError, match=r"latent site 'z': its NoSample cannot be sampled.*its sample\(\) must work"
+    ):
         step(program, guide_of(program), data())
 
 
@@ -278,7 +306,9 @@ def test_a_prior_that_cannot_be_sampled(guide_of, validation):
 def test_a_decoder_of_the_wrong_shape(guide_of, validate):
     with pyro.validation_enabled(validate):
         program = decoded(nn.Linear(2, 3).double().requires_grad_(False))
-        with pytest.raises(ProgramError, match=r"observed site 'x' of the model cannot be scored.*\(16, 2\).*shape \(3,\)"):
+        with pytest.raises(
+            ProgramError, match=r"observed site 'x' of the model cannot be scored.*\(16, 2\).*shape \(3,\)"
+        ):
             step(program, guide_of(program), data())
 
 
@@ -320,9 +350,13 @@ def test_a_guide_that_misses_a_site(validation):
     def nothing(x):
         pyro.param("free", torch.zeros(()))
 
-    with pytest.raises(ProgramError, match=r"guide does not sample the latent sites \['z'\]; it samples \['w'\]"):
+    with pytest.raises(
+        ProgramError, match=r"guide does not sample the latent sites \['z'\]; it samples \['w'\]"
+    ):
         step(model, guide, data())
-    with pytest.raises(ProgramError, match=r"guide does not sample the latent sites \['z'\]; it samples \[\]"):
+    with pytest.raises(
+        ProgramError, match=r"guide does not sample the latent sites \['z'\]; it samples \[\]"
+    ):
         step(model, nothing, data())
 
 
@@ -332,7 +366,9 @@ def test_a_guide_with_an_unknown_site(validation):
         with pyro.plate("more", len(x)):
             pyro.sample("w", normal())
 
-    with pytest.raises(ProgramError, match=r"guide samples \['w'\], which are not latents of the model \(\['z'\]\).*is_aux"):
+    with pytest.raises(
+        ProgramError, match=r"guide samples \['w'\], which are not latents of the model \(\['z'\]\).*is_aux"
+    ):
         step(model, guide, data())
 
 
@@ -340,23 +376,39 @@ def test_a_guide_with_an_unknown_site(validation):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (lambda n: Implicit(torch.zeros(n, 3), 1), r"values of shape \(16, 3\), but the prior, a Normal, .* \(2,\)"),
-        (lambda n: Implicit(torch.zeros(n), 0), r"values of shape \(16,\), but the prior, a Normal, .* \(2,\)"),
-        (lambda n: Implicit(torch.zeros(n, 2, 2), 2), r"values of shape \(16, 2, 2\), of which plate 'data' .* holds 2"),
-        (lambda n: Implicit(torch.zeros(n + 1, 2), 1), r"\(17, 2\), of which plate 'data' of the model holds 17 .* its 16"),
+        (
+            lambda n: Implicit(torch.zeros(n, 3), 1),
+            r"values of shape \(16, 3\), but the prior, a Normal, .* \(2,\)",
+        ),
+        (
+            lambda n: Implicit(torch.zeros(n), 0),
+            r"values of shape \(16,\), but the prior, a Normal, .* \(2,\)",
+        ),
+        (
+            lambda n: Implicit(torch.zeros(n, 2, 2), 2),
+            r"values of shape \(16, 2, 2\), of which plate 'data' .* holds 2",
+        ),
+        (
+            lambda n: Implicit(torch.zeros(n + 1, 2), 1),
+            r"\(17, 2\), of which plate 'data' of the model holds 17 .* its 16",
+        ),
     ],
 )
 def test_a_guide_of_the_wrong_shape(decoder, value, message, validation):
     def guide(x):
         pyro.sample("z", value(len(x)))
 
-    with pytest.raises(ProgramError, match=f"latent site 'z': the guide gives {message}|latent site 'z'.*{message}"):
+    with pytest.raises(
+        ProgramError, match=f"latent site 'z': the guide gives {message}|latent site 'z'.*{message}"
+    ):
         step(decoded(decoder), guide, data())
 
 
 def test_a_guide_outside_the_support():
     program = functools.partial(model, prior=dist.Dirichlet(torch.ones(2)))
-    with pytest.raises(ProgramError, match=r"latent site 'z': 16 of 16 guide values of shape \(16, 2\) lie outside .*Simplex"):
+    with pytest.raises(
+        ProgramError, match=r"latent site 'z': 16 of 16 guide values of shape \(16, 2\) lie outside .*Simplex"
+    ):
         step(program, by_hand, data())
 
 
@@ -388,7 +440,9 @@ def test_a_guide_without_reparametrisation(fn, validation):
             pyro.sample("z", fn)
 
     kind = type(fn).__name__
-    with pytest.raises(ProgramError, match=rf"guide site 'z' is a {kind}, which is sampled without a gradient.*Implicit"):
+    with pytest.raises(
+        ProgramError, match=rf"guide site 'z' is a {kind}, which is sampled without a gradient.*Implicit"
+    ):
         step(program, guide, data())
 
 
@@ -406,7 +460,9 @@ def test_an_implicit_guide_of_a_global(validation):
 
 
 def test_an_implicit_guide_in_an_elbo(guide_of, validation):
-    with pytest.raises(ValueError, match="(?s)at site 'z'.*Implicit has no density.*loss=pyro_sinkhorn.Trace_Sinkhorn"):
+    with pytest.raises(
+        ValueError, match="(?s)at site 'z'.*Implicit has no density.*loss=pyro_sinkhorn.Trace_Sinkhorn"
+    ):
         step(model, guide_of(model), data(), loss=Trace_ELBO())
 
 
@@ -416,5 +472,7 @@ def test_an_implicit_likelihood():
             z = pyro.sample("z", normal())
             pyro.sample("x", Implicit(z, event_dim=1), obs=x)
 
-    with pytest.raises(ProgramError, match="(?s)observed site 'x' of the model cannot be scored.*Implicit has no density"):
+    with pytest.raises(
+        ProgramError, match="(?s)observed site 'x' of the model cannot be scored.*Implicit has no density"
+    ):
         step(program, by_hand, data())
