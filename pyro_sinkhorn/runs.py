@@ -18,6 +18,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from pyro_sinkhorn.errors import ProgramError
 from pyro_sinkhorn.explain import explained
 
 
@@ -106,6 +107,19 @@ def run_model(
             except _Stop:
                 pass
         return tracer.trace
+
+
+def check_appeared(trace: Trace, names: Iterable[str]) -> None:
+    """Latents found in one run must appear in every other.
+
+    :raises ProgramError: naming those that do not
+    """
+    missing = [name for name in names if name not in trace.nodes]
+    if missing:
+        raise ProgramError(
+            f"latent sites {missing} did not appear when the model ran again with free latents: the sites of a model "
+            "must not depend on its latents or on how often it ran"
+        )
 
 
 def subsamples(trace: Trace) -> dict[str, Tensor]:

@@ -116,19 +116,20 @@ FAULTS = {
 }
 
 
+@pytest.mark.parametrize("first", [0, 1], ids=["in the first fit", "in the second"])
 @pytest.mark.parametrize(("fault", "error", "words"), FAULTS.values(), ids=FAULTS)
-def test_a_fault_at_a_step_leaves_the_state_of_the_step_before(fault, error, words):
+def test_a_fault_at_a_step_leaves_the_state_of_the_step_before(fault, error, words, first):
     program, twin = make_program(Decoder()), make_program(Decoder())
     for name, module in twin.owned.originals.items():
         module.load_state_dict(program.owned.originals[name].state_dict())
     twin.reset()
-    fit(program, 1, seed=0), fit(twin, 1, seed=0)
-    Decoder.fault, Decoder.countdown = fault, 3
+    fit(program, first, seed=0), fit(twin, first, seed=0)
+    Decoder.fault, Decoder.countdown = fault, 4 - first
     with pytest.raises(error, match=words):
         fit(program, 9)
     assert program.num_steps == len(program.history) == 3
     Decoder.countdown = None
-    fit(twin, 2)
+    fit(twin, 3 - first)
     assert_equal(learned(program), learned(twin))
     # Still usable, and no gradient is left over that would count twice.
     for one in (program, twin):
@@ -160,12 +161,14 @@ def test_nan_in_the_data_to_encode_are_named():
         program.encode(data())
 
 
-def test_an_interrupt_before_the_first_step_is_done_leaves_no_half_guide():
+@pytest.mark.parametrize(("fault", "error", "words"), FAULTS.values(), ids=FAULTS)
+def test_a_fault_before_the_first_step_is_done_leaves_nothing_of_it(fault, error, words):
     program = make_program(Decoder())
-    Decoder.fault, Decoder.countdown = interrupt, 1
-    with pytest.raises(KeyboardInterrupt):
+    Decoder.fault, Decoder.countdown = fault, 1
+    with pytest.raises(error):
         fit(program, seed=0)
     assert program.num_steps == 0 and not program.guide.heads and not program.owned.store["params"]
+    assert not program.loss.latent_match.state.units
     Decoder.countdown = None
     fit(program, seed=0)
     assert program.num_steps == 3

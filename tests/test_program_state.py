@@ -540,6 +540,17 @@ def test_unpickling_in_one_process_makes_another_program(user_code):
     assert_same(program, again)
 
 
+def test_modules_that_were_used_outside_pickle(user_code):
+    module, _ = user_code
+    vae = module.Vae()
+    vae.model(data())  # Pyro leaves weak references, which nothing can pickle, on the parameters it has seen
+    pyro.clear_param_store()
+    program = fit(SinkhornProgram(vae.model, AutoImplicit(vae.model), LOSS), seed=0)
+    again = pickle.loads(pickle.dumps(program))
+    assert again.model.__self__ is not vae and again.guide.model is again.model
+    assert_same(program, again)
+
+
 def test_a_closure_cannot_be_pickled_and_the_error_says_what_to_do():
     def local(x):
         return None

@@ -22,7 +22,7 @@ from pyro_sinkhorn.guide.global_guide import GLOBAL_GUIDES
 from pyro_sinkhorn.guide.layout import features_of, place_extra_plates, plate_shape, rows_of
 from pyro_sinkhorn.guide.observed import Observed, find_observed, read_observed
 from pyro_sinkhorn.guide.start import moments, stands_alone, start
-from pyro_sinkhorn.runs import preserved_buffers, run_model, subsamples
+from pyro_sinkhorn.runs import check_appeared, preserved_buffers, run_model, subsamples
 from pyro_sinkhorn.structure import Group, Plate, Structure, plates_of, structure_of
 
 EncoderInput = Callable[..., Tensor]
@@ -60,8 +60,8 @@ class AutoImplicit(PyroModule):
     ...         z = pyro.sample("z", dist.Dirichlet(torch.ones(3)))
     ...         pyro.sample("x", dist.Normal(z, 0.1).to_event(1), obs=x)
     >>> guide = AutoImplicit(model)
-    >>> guide(torch.rand(5, 3))["z"].sum(-1)
-    tensor([1., 1., 1., 1., 1.], grad_fn=<SumBackward1>)
+    >>> guide(torch.rand(5, 3))["z"].shape
+    torch.Size([5, 3])
     """
 
     def __init__(
@@ -88,9 +88,7 @@ class AutoImplicit(PyroModule):
         self._noise_dim = noise_dim
         self._hidden = hidden
         self._global_kind = global_guide
-        self.heads = nn.ModuleList()
-        self.encoders = nn.ModuleList()
-        self.global_guides = PyroModuleList([])  # a plain list would give parameters of all of them one name
+        self._make_empty()
         self._structure: Structure | None = None
         self._observed: list[Observed] = []
         self._pending_state: dict[str, Tensor] | None = None
@@ -111,6 +109,7 @@ class AutoImplicit(PyroModule):
         structure = self._structure
         assert structure is not None
         prior = run_model(self.model, args, kwargs, stop_after=structure.latents, grad=True)
+        check_appeared(prior, structure.latents)
         indices = subsamples(prior)
         inputs = read_observed(
             self._observed, args, kwargs, indices, lambda: self._run_observed(args, kwargs, indices)
@@ -246,8 +245,13 @@ class AutoImplicit(PyroModule):
 
     # Set-up, once, at the first call.
 
+    def _make_empty(self) -> None:
+        self.heads, self.encoders = nn.ModuleList(), nn.ModuleList()
+        self.global_guides = PyroModuleList([])  # a plain list would give parameters of all of them one name
+
     @torch.no_grad()
     def _set_up(self, args: Any, kwargs: Any) -> None:
+        self._make_empty()  # an earlier attempt may have failed half-way
         whole = run_model(self.model, args, kwargs)
         structure = structure_of(whole)
         if not structure.latents:
@@ -261,6 +265,8 @@ class AutoImplicit(PyroModule):
             self.global_guides.append(GLOBAL_GUIDES[self._global_kind](name, whole.nodes[name], stacked))
         shared = {name: draws[0].nodes[name]["value"] for name in structure.globals} | subsamples(draws[0])
         again = run_model(self.model, args, kwargs, values=shared, stop_after=structure.latents)
+        for run in (*draws, again):
+            check_appeared(run, structure.latents)
         self._relative = {
             name
             for name in structure.locals
@@ -313,7 +319,6 @@ class AutoImplicit(PyroModule):
             check_device(encoder, features)
             encoder.standardise.fit(features.flatten(0, -2))
             self.encoders.append(encoder)
-        self._structure = structure
         with preserved_buffers():
             code = self._encode(i, group, group.plates, inputs, coarse, args, kwargs)
         coarse.append((group.plates, code))

@@ -14,8 +14,7 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_sinkhorn.errors import ProgramError
-from pyro_sinkhorn.runs import run_model, subsamples
+from pyro_sinkhorn.runs import check_appeared, run_model, subsamples
 from pyro_sinkhorn.structure import Structure, parameters_of
 
 Model = Callable[..., Any]
@@ -30,12 +29,7 @@ def prior_trace(
     """
     values = {name: scored.nodes[name]["value"] for name in structure.globals} | subsamples(scored)
     trace = run_model(model, args, kwargs, values=values, stop_after=structure.locals, grad=True)
-    missing = [name for name in structure.locals if name not in trace.nodes]
-    if missing:
-        raise ProgramError(
-            f"latent sites {missing} did not appear when the model ran again with free latents: the sites of a model "
-            "must not depend on the values of its latents"
-        )
+    check_appeared(trace, structure.locals)
     return trace
 
 

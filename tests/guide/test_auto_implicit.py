@@ -14,6 +14,7 @@ from torch import nn
 from pyro_sinkhorn import AutoImplicit, Trace_Sinkhorn
 from pyro_sinkhorn.distributions import HypersphericalUniform
 from pyro_sinkhorn.errors import NonFiniteError, ProgramError
+from pyro_sinkhorn.geometry import Geometry, registry
 from pyro_sinkhorn.guide.encoder import Standardise
 from pyro_sinkhorn.structure import is_latent, sample_sites
 
@@ -472,6 +473,38 @@ def test_networks_made_without_gradients_can_learn():
         guide(data())
     assert all(parameter.requires_grad for parameter in guide.parameters())
     assert guide(data())["z"].requires_grad
+
+
+def test_a_first_call_that_fails_can_be_repeated(monkeypatch):
+    monkeypatch.setattr(registry, "_BY_TYPE", dict(registry._BY_TYPE))
+
+    def program(x):
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(m, 1.0))
+            r = pyro.sample("r", dist.LKJCholesky(2, 1.0))
+            observe(z.unsqueeze(-1) + r[..., 1, :], x)
+
+    guide, x = AutoImplicit(program), data()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="latent site 'r'"):
+            guide(x)
+    registry.register_geometry(dist.LKJCholesky, Rotation)
+    svi = SVI(program, guide, Adam({"lr": 1e-3}), loss=Trace_Sinkhorn(match_size=4))
+    assert torch.tensor(svi.step(x)).isfinite()
+    assert len(guide.global_guides) == len(guide.heads) == 1
+
+
+class Rotation(Geometry):
+    def __init__(self, fn):
+        super().__init__(fn.event_shape, dim=1, num_raw=1)
+
+    def head(self, raw):
+        c, s = raw[..., 0].tanh(), 1 / raw[..., 0].cosh()
+        return self.unflatten(torch.stack([torch.ones_like(c), torch.zeros_like(c), c, s], -1))
+
+    def embed(self, value):
+        return value[..., 1, :1]
 
 
 def test_inputs_of_the_last_call_are_kept():
