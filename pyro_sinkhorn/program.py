@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import os
 from collections.abc import Callable, Iterator
@@ -17,16 +16,15 @@ from tqdm.auto import tqdm
 
 from pyro_sinkhorn import optimiser, snapshot, state
 from pyro_sinkhorn.diagnostics.matching import MatchReport, match_report
-from pyro_sinkhorn.errors import ProgramError, checked_integer
-from pyro_sinkhorn.guide.auto_implicit import AutoImplicit
-from pyro_sinkhorn.losses.trace_sinkhorn import Trace_Sinkhorn
+from pyro_sinkhorn.errors import checked_integer
+from pyro_sinkhorn.losses.base import SinkhornLoss
 from pyro_sinkhorn.modules import (
     Owned,
-    made_guide,
     shared_copy,
     submodule_pairs,
     training_mode,
 )
+from pyro_sinkhorn.parts import checked_parts, guide_for, loss_for
 from pyro_sinkhorn.reachable import find_modules
 from pyro_sinkhorn.recovery import explained_dtypes, unmade_on_error
 from pyro_sinkhorn.rng import RandomStream
@@ -43,8 +41,8 @@ class SinkhornProgram:
 
     :param model: a Pyro program, function or module, with an observed site in a plate. Of another program, its model,
         and its guide and loss where none are given
-    :param guide: a guide; default ``AutoImplicit(model)``. A module is copied; a class such as ``AutoImplicit``, or a
-        ``functools.partial`` of one, is called with the model
+    :param guide: a guide; default ``AutoImplicit(model)``, or none for ``Trace_DataSinkhorn``. A module is copied; a
+        class such as ``AutoImplicit``, or a ``functools.partial`` of one, is called with the model
     :param loss: default ``Trace_Sinkhorn()``
     :param encoder: for the default guide, see :class:`~pyro_sinkhorn.AutoImplicit`
     :raises ProgramError: where these do not fit together
@@ -72,23 +70,11 @@ class SinkhornProgram:
         *,
         encoder: nn.Module | None = None,
     ) -> None:
-        if encoder is not None and guide is not None:
-            raise ProgramError("give either a guide or an encoder for the default guide, not both")
         if isinstance(model, SinkhornProgram):
             guide = model._guide_given if guide is None and encoder is None else guide
             loss = model._loss_given if loss is None else loss
             model = model.model
-        guide = functools.partial(AutoImplicit, encoder=encoder) if guide is None else guide
-        for role, given in (("model", model), ("guide", guide)):
-            if not callable(given) or isinstance(given, ELBO):  # which can be called, too
-                raise ProgramError(
-                    f"the {role} is a {type(given).__name__}: expected a callable Pyro program"
-                )
-        loss = Trace_Sinkhorn() if loss is None else loss
-        if isinstance(loss, type) or not hasattr(loss, "loss_and_grads"):
-            raise ProgramError(
-                f"the loss is {loss!r}: expected an instance of a loss, such as Trace_Sinkhorn()"
-            )
+        model, guide, loss = checked_parts(model, guide, loss, encoder)
         self.model: Callable[..., Any] = model
         self._guide_given: Any = guide
         self._loss_given: Any = loss
@@ -97,7 +83,7 @@ class SinkhornProgram:
 
     def reset(self) -> SinkhornProgram:
         """Back to the state before any ``fit``: modules copied anew from the user's, parameters and history gone."""
-        guide = made_guide(self._guide_given, self.model)
+        guide = guide_for(self._guide_given, self._loss_given, self.model)
         found = find_modules(self.model)
         known = {id(module) for module in found.values()}
         if isinstance(guide, nn.Module):
@@ -108,8 +94,7 @@ class SinkhornProgram:
             # A decoder that the guide holds too is the program's decoder.
             guide = shared_copy(guide, replaced=[*self.owned.pairs(), (self.model, self.model)])
         self.guide: Any = guide
-        loss = self._loss_given
-        self.loss: Any = loss.fresh() if isinstance(loss, Trace_Sinkhorn) else copy.deepcopy(loss)
+        self.loss: Any = loss_for(self._loss_given)
         self.optim: PyroOptim | None = None
         self.pending_optim: dict[str, Any] = {}
         self.stream: RandomStream | None = None
@@ -209,7 +194,7 @@ class SinkhornProgram:
     ) -> MatchReport:
         """Print and return a table: reconstruction, match of each group against its noise floor, encoder variance."""
         args, kwargs = self._inputs(args, kwargs)
-        loss = self.loss if isinstance(self.loss, Trace_Sinkhorn) else None
+        loss = self.loss if isinstance(self.loss, SinkhornLoss) else None
         with self._evaluating(seed, args, kwargs):
             report = match_report(self.model, self.guide, *args, loss=loss, num_floor=num_floor, **kwargs)
         print(report)
@@ -220,6 +205,8 @@ class SinkhornProgram:
         self.device = torch.device(device)
         for module in self._all_modules():
             module.to(self.device)
+        if isinstance(self.loss, SinkhornLoss):
+            self.loss.to(self.device)
         for parameter in self.owned.store["params"].values():
             parameter.data = parameter.data.to(self.device)
         if self.optim is not None:
@@ -256,7 +243,7 @@ class SinkhornProgram:
         """Read a saved program back, given the code of its model; needs no data and no training step.
 
         :param guide: as given when the program was made, if it was
-        :param loss: as given when the program was made; a ``Trace_Sinkhorn`` is made again from the file
+        :param loss: as given when the program was made; one of ours without functions in it is made again from the file
         :raises ValueError: a damaged or foreign file, or modules that differ from the saved ones
         """
         saved = state.read(path)
@@ -310,6 +297,7 @@ class SinkhornProgram:
     @contextmanager
     def _guarded(self, args: Any, kwargs: Any) -> Iterator[None]:
         modules = self.modules | ({"the guide": self.guide} if isinstance(self.guide, nn.Module) else {})
+        modules |= self.loss.modules() if isinstance(self.loss, SinkhornLoss) else {}
         with unmade_on_error(self), explained_dtypes(modules, args, kwargs):
             yield
 

@@ -12,7 +12,7 @@ from pyro.infer import Predictive
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_sinkhorn.errors import NonFiniteError, checked_integer
+from pyro_sinkhorn.errors import NonFiniteError, ProgramError, checked_integer
 from pyro_sinkhorn.explain import bad_rows, explained, spoken, tensors_of
 from pyro_sinkhorn.losses.scoring import run_guide
 from pyro_sinkhorn.structure import is_latent, sample_sites
@@ -22,6 +22,11 @@ def encoder_draws(guide: Callable[..., Any], num_samples: Any, args: Any, kwargs
     """Latents by name, ``(num_samples, *plates, *event)``, noise left out."""
     num_samples = checked_integer("num_samples", num_samples, 1)
     draws = [_latents(run_guide(guide, args, kwargs)) for _ in range(num_samples)]
+    if not draws[0]:
+        raise ProgramError(
+            "the guide samples no latents, so there is nothing to encode. A program fitted by Trace_DataSinkhorn compares "
+            "data and infers no latents; generate() simulates from it"
+        )
     stacked = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
     for name, value in stacked.items():
         if not bool(value.isfinite().all()):

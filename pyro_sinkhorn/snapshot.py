@@ -14,6 +14,8 @@ from pyro.nn import PyroModule, PyroParam
 from torch import nn
 
 from pyro_sinkhorn import optimiser, state
+from pyro_sinkhorn.losses.base import SinkhornLoss
+from pyro_sinkhorn.losses.trace_data_sinkhorn import Trace_DataSinkhorn
 from pyro_sinkhorn.losses.trace_sinkhorn import Trace_Sinkhorn
 from pyro_sinkhorn.modules import Owned, shared_copy
 from pyro_sinkhorn.rng import RandomStream
@@ -64,12 +66,11 @@ def take(program: Fitted) -> dict[str, Any]:
         },
         "loss": {"class": type(program.loss).__name__},
     }
-    if isinstance(program.loss, Trace_Sinkhorn):
-        match_state = program.loss.latent_match.state
+    if isinstance(program.loss, SinkhornLoss):
         config = program.loss.config()
-        if callable(config["cost"]):
-            config["cost"] = None  # code is not saved
-        saved["loss"] |= {"config": config, "units": match_state.units, "mean_costs": match_state.mean_costs}
+        own = sorted(name for name, value in config.items() if callable(value))  # code is not saved
+        config |= dict.fromkeys(own)
+        saved["loss"] |= {"config": config, "own": own} | program.loss.state()
     return state.detached(saved)
 
 
@@ -108,10 +109,13 @@ def restore(program: Fitted, saved: dict[str, Any]) -> None:
         program.stream.restore(saved["stream"])
     program.history = History(**{name: values.tolist() for name, values in saved["history"].items()})
     program.num_steps, program.epoch = saved["num_steps"], Epoch(**saved["epoch"])
-    if isinstance(program.loss, Trace_Sinkhorn) and "units" in saved["loss"]:
-        match_state = program.loss.latent_match.state
-        match_state.units = dict(saved["loss"]["units"])
-        match_state.mean_costs = dict(saved["loss"]["mean_costs"])
+    if isinstance(program.loss, SinkhornLoss):
+        try:
+            program.loss.load_state(saved["loss"])
+        except RuntimeError as error:
+            raise ValueError(
+                f"the loss differs from the saved one: {' '.join(str(error).split())}"
+            ) from error
 
 
 def _make_lazy_parameters(module: nn.Module) -> None:
@@ -123,12 +127,16 @@ def _make_lazy_parameters(module: nn.Module) -> None:
                     getattr(part, name)
 
 
-def make_loss(saved: dict[str, Any]) -> Trace_Sinkhorn | None:
-    """The loss that a file describes; None for a class of the user's, or one with a cost of the user's."""
+#: Losses that a file can describe.
+_LOSSES: dict[str, type[SinkhornLoss]] = {cls.__name__: cls for cls in (Trace_Sinkhorn, Trace_DataSinkhorn)}
+
+
+def make_loss(saved: dict[str, Any]) -> SinkhornLoss | None:
+    """The loss that a file describes; None for a class of the user's, or one given functions of the user's."""
     described = saved["loss"]
-    if described["class"] != "Trace_Sinkhorn" or described["config"]["cost"] is None:
+    if described["class"] not in _LOSSES or described["own"]:
         return None
-    return Trace_Sinkhorn(**described["config"])
+    return _LOSSES[described["class"]](**described["config"])
 
 
 def check_loss(program: Fitted, saved: dict[str, Any]) -> None:
@@ -142,9 +150,11 @@ def check_loss(program: Fitted, saved: dict[str, Any]) -> None:
         raise ValueError(
             f"the program was saved with the loss {name}, not a {type(program.loss).__name__}: pass one as loss="
         )
-    own_cost = "config" in described and described["config"]["cost"] is None
-    if own_cost and not callable(program.loss.config()["cost"]):
-        raise ValueError(f"the program was saved with a {name} with a cost of its own: pass it as loss=")
+    for argument in described.get("own", ()):
+        if not callable(program.loss.config()[argument]):
+            raise ValueError(
+                f"the program was saved with a {name} with a {argument} of its own: pass it as loss="
+            )
 
 
 def pickled_parts(program: Any) -> tuple[Any, Any, Any, Any, Any]:
@@ -162,7 +172,7 @@ def pickled_parts(program: Any) -> tuple[Any, Any, Any, Any, Any]:
         guide = shared_copy(
             guide, replaced=[(item, reference if kind == "value" else model) for item in held]
         )
-    loss = loss.fresh() if isinstance(loss, Trace_Sinkhorn) else loss
+    loss = loss.fresh() if isinstance(loss, SinkhornLoss) else loss
     optim = None if program.optim is None else optimiser.blank(program.optim)
     return (kind, reference), guide, loss, optim, take(program)
 

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from pyro_sinkhorn import optimiser
 from pyro_sinkhorn.errors import NonFiniteError, ProgramError, checked_integer
-from pyro_sinkhorn.losses.trace_sinkhorn import Terms, Trace_Sinkhorn
+from pyro_sinkhorn.losses.base import SinkhornLoss, Terms
 from pyro_sinkhorn.modules import training_mode
 from pyro_sinkhorn.recovery import kept_on_error
 from pyro_sinkhorn.rng import undisturbed
@@ -44,8 +44,12 @@ class History:
 
     def show_last(self, bar: tqdm) -> None:
         """Put the last step into a progress bar."""
-        last = {"loss": self.loss[-1], "reconstruction": self.reconstruction[-1], "match": self.match[-1]}
-        bar.set_postfix({name: f"{value:.4g}" for name, value in last.items()}, refresh=False)
+        bar.set_postfix({name: f"{value:.4g}" for name, value in self._last().items()}, refresh=False)
+
+    def _last(self) -> dict[str, float]:
+        """The last step; a loss without likelihood has no reconstruction."""
+        last = {name: values[-1] for name, values in vars(self).items()}
+        return {name: value for name, value in last.items() if not math.isnan(value)}
 
     def __len__(self) -> int:
         return len(self.loss)
@@ -53,10 +57,8 @@ class History:
     def __repr__(self) -> str:
         if not self.loss:
             return "History(no steps)"
-        return (
-            f"History({len(self)} steps, last: loss={self.loss[-1]:.4g}, reconstruction={self.reconstruction[-1]:.4g}, "
-            f"match={self.match[-1]:.4g})"
-        )
+        last = ", ".join(f"{name}={value:.4g}" for name, value in self._last().items())
+        return f"History({len(self)} steps, last: {last})"
 
 
 def as_tensor(value: Any, device: torch.device | None) -> Any:
@@ -255,7 +257,7 @@ class Trainer:
         scale = data_scale(model, batches)
         self.model = model if scale is None else scale(model)
         # Sinkhorn losses score no local site of the guide; others do, and need both sides at one scale.
-        self.guide = guide if scale is None or isinstance(loss, Trace_Sinkhorn) else copy.copy(scale)(guide)
+        self.guide = guide if scale is None or isinstance(loss, SinkhornLoss) else copy.copy(scale)(guide)
         self.n_data = batches.batch_size if scale is None else batches.n
 
     def step(self, number: int) -> Terms:
@@ -263,9 +265,11 @@ class Trainer:
 
         :raises NonFiniteError: naming the source; the state is that of the step before
         """
-        args, kwargs = self.batches.draw()
         try:
             with kept_on_error(self.modules):
+                if isinstance(self.loss, SinkhornLoss):
+                    self.loss.before_step(self.model, self.guide, self.batches.draw)
+                args, kwargs = self.batches.draw()
                 value = step(self.loss, self.model, self.guide, self.optim, args, kwargs)
         except NonFiniteError as error:
             message = f"step {number}: {error}. The program keeps the state of the step before"

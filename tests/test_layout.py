@@ -21,7 +21,7 @@ LAYERS = (
     {"geometry"},
     {"explain", "runs", "structure", "reachable", "modules", "rng", "state", "optimiser", "recovery"},
     {"guide", "losses"},
-    {"training", "sampling", "snapshot", "diagnostics", "export", "plots"},
+    {"training", "sampling", "snapshot", "parts", "diagnostics", "export", "plots"},
     {"program"},
     {"__init__"},
     {"models"},

@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_sinkhorn.errors import checked_integer
+from pyro_sinkhorn.errors import ProgramError, checked_integer
+from pyro_sinkhorn.losses.base import SinkhornLoss
+from pyro_sinkhorn.losses.covariates import covariate_names
 from pyro_sinkhorn.losses.latent_match import Call, GroupMatch
+from pyro_sinkhorn.losses.matching import MatchOptions
 from pyro_sinkhorn.losses.scoring import (
     check_guide,
     log_density,
@@ -21,19 +24,22 @@ from pyro_sinkhorn.losses.scoring import (
     run_scored,
     scored_sites,
 )
+from pyro_sinkhorn.losses.trace_data_sinkhorn import Trace_DataSinkhorn
 from pyro_sinkhorn.losses.trace_sinkhorn import Trace_Sinkhorn
 from pyro_sinkhorn.runs import run_model, subsamples
-from pyro_sinkhorn.structure import structure_of
+from pyro_sinkhorn.structure import Group, structure_of
 
 
 @dataclass(frozen=True)
 class GroupReport:
-    """One latent group.
+    """One group: latents, or observed sites where simulated data are compared.
 
-    match:             normalised divergence between aggregated posterior and prior, mean of several evaluations
-    floor, floor_sd:   mean and standard deviation of the same statistic between independent prior clouds
+    match:             normalised divergence between aggregated posterior and prior, or simulated data and data; mean of
+                       several evaluations
+    floor, floor_sd:   mean and standard deviation of the same statistic between independent prior clouds, or simulations
     z:                 distance from the floor in standard errors of the difference of the two means
-    encoder_variance:  share of the latents' variance that is noise of the encoder, 0 for a deterministic one
+    encoder_variance:  share of the latents' variance that is noise of the encoder, 0 for a deterministic one; None for
+                       observed sites
     """
 
     name: str
@@ -41,51 +47,58 @@ class GroupReport:
     floor: float
     floor_sd: float
     z: float
-    encoder_variance: float
+    encoder_variance: float | None
 
 
 @dataclass(frozen=True)
 class MatchReport:
     """What :func:`match_report` measured; prints as a table.
 
-    reconstruction:  -log p(x | z) per datum
-    groups:          one row a latent group
-    n_data:          data that were encoded
+    reconstruction:  -log p(x | z) per datum; None without a likelihood
+    groups:          one row a group
+    n_data:          data that were encoded, or compared
     match_size:      units in each half-cloud: the floor shrinks as it grows
+    covariates:      what was appended to the clouds of a conditional simulator
     """
 
-    reconstruction: float
+    reconstruction: float | None
     groups: tuple[GroupReport, ...]
     n_data: float
     match_size: int
+    covariates: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         width = max([20, *(len(g.name) for g in self.groups)])
-        lines = [
-            f"{self.n_data:.0f} data, reconstruction {self.reconstruction:.4f} per datum; "
-            f"match at size {self.match_size}"
-        ]
+        described = (
+            "" if self.reconstruction is None else f", reconstruction {self.reconstruction:.4f} per datum"
+        )
+        lines = [f"{self.n_data:.0f} data{described}; match at size {self.match_size}"]
         if self.groups:
+            encoder = "" if self.reconstruction is None else f" {'encoder var':>12}"
+            lines.append(f"{'group':<{width}} {'match':>9} {'floor':>9} {'± sd':>8} {'z':>7}{encoder}")
+        for g in self.groups:
+            encoder = "" if g.encoder_variance is None else f" {g.encoder_variance:>12.3f}"
             lines.append(
-                f"{'group':<{width}} {'match':>9} {'floor':>9} {'± sd':>8} {'z':>7} {'encoder var':>12}"
+                f"{g.name:<{width}} {g.match:>9.4f} {g.floor:>9.4f} {g.floor_sd:>8.4f} {g.z:>7.1f}{encoder}"
             )
-        lines += [
-            f"{g.name:<{width}} {g.match:>9.4f} {g.floor:>9.4f} {g.floor_sd:>8.4f} {g.z:>7.1f} "
-            f"{g.encoder_variance:>12.3f}"
-            for g in self.groups
-        ]
         lines += [f"{'':<{width}} {note}" for note in self.notes()]
         return "\n".join(lines)
 
     def notes(self) -> list[str]:
         """What a reader should conclude."""
         notes = []
+        if self.covariates:
+            notes.append(f"compared together with the covariates: {', '.join(self.covariates)}")
         for g in self.groups:
-            if g.z > 5:
+            if g.z > 5 and g.encoder_variance is None:
+                notes.append(
+                    f"{g.name}: the simulated data are not the data; train on, or the program is too simple"
+                )
+            elif g.z > 5:
                 notes.append(
                     f"{g.name}: the aggregated posterior is not the prior; raise prior_weight or train on"
                 )
-            if g.encoder_variance < 0.01:
+            if g.encoder_variance is not None and g.encoder_variance < 0.01:
                 notes.append(f"{g.name}: the encoder is deterministic; its draws say nothing of uncertainty")
         return notes
 
@@ -95,7 +108,7 @@ def match_report(
     model: Callable[..., Any],
     guide: Callable[..., Any],
     *args: Any,
-    loss: Trace_Sinkhorn | None = None,
+    loss: SinkhornLoss | None = None,
     num_floor: int = 20,
     num_draws: int = 8,
     **kwargs: Any,
@@ -109,7 +122,8 @@ def match_report(
     deterministic and the data are only twice ``match_size``, since then every evaluation sees one and the same cloud.
 
     :param args: arguments of the model; at least twice ``match_size`` data for a stable number
-    :param loss: the loss whose match to report; default ``Trace_Sinkhorn()``
+    :param loss: the loss whose match to report; default ``Trace_Sinkhorn()``. With a ``Trace_DataSinkhorn`` the match is
+        that of simulated data to data, and its floor is that between independent simulations
     :param num_floor: evaluations of match and floor each, at least 2
     :param num_draws: guide draws for the encoder's variance, at least 2
     :raises ProgramError: model, guide and data do not fit together
@@ -129,7 +143,12 @@ def match_report(
         checked_integer("num_draws", num_draws, 2),
     )
     # A copy, since what a report meets first must not become the unit of later training.
-    latent_match = copy.deepcopy((loss or Trace_Sinkhorn()).latent_match)
+    loss = copy.deepcopy(loss or Trace_Sinkhorn())
+    if isinstance(loss, Trace_DataSinkhorn):
+        return _report_of_data(loss, model, guide, args, kwargs, num_floor)
+    if not isinstance(loss, Trace_Sinkhorn):
+        raise ProgramError(f"there is no report of the match of a {type(loss).__name__}")
+    latent_match = loss.latent_match
     matches: list[list[GroupMatch]] = []
     floors: list[list[GroupMatch]] = []
     reconstructions: list[float] = []
@@ -140,27 +159,61 @@ def match_report(
         matches.append(latent_match(call))
         floors.append(latent_match.floor(call))
     clouds = _draws_of_the_same_data(call, guide, num_draws)
-    groups = []
+
+    def noise(name: str) -> float:
+        return _noise_share(torch.stack([latent_match.coordinates(one, name) for one in clouds]))
+
+    size = _size(latent_match.options, call.structure.groups)
+    return MatchReport(sum(reconstructions) / num_floor, _compared(matches, floors, noise), n_data, size)
+
+
+def _report_of_data(
+    loss: Trace_DataSinkhorn, model: Callable[..., Any], guide: Any, args: Any, kwargs: Any, num_floor: int
+) -> MatchReport:
+    """Simulated data against data, and against themselves."""
+    data_match = loss.data_match
+    matches, floors = [], []
+    for _ in range(num_floor):
+        call = loss.simulation(model, guide, args, kwargs)
+        matches.append(data_match(call))
+        floors.append(data_match.floor(call))
+    names = [name for group in call.groups for name in covariate_names(data_match.covariates, call, group)]
+    n_data = number_of_data(call.observed, call.structure)
+    return MatchReport(
+        reconstruction=None,
+        groups=_compared(matches, floors, lambda name: None),
+        n_data=n_data,
+        match_size=_size(data_match.options, call.groups),
+        covariates=tuple(dict.fromkeys(names)),
+    )
+
+
+def _compared(
+    matches: list[list[GroupMatch]], floors: list[list[GroupMatch]], noise: Callable[[str], float | None]
+) -> tuple[GroupReport, ...]:
+    """A row for each group, of several evaluations of match and floor."""
+    rows = []
     for i, first in enumerate(matches[0]):
         match = torch.stack([values[i].value for values in matches]).double()
         floor = torch.stack([values[i].value for values in floors]).double()
         error = math.sqrt(float(match.var() + floor.var()) / len(match))
-        draws = torch.stack([latent_match.coordinates(one, first.name) for one in clouds])
-        groups.append(
+        rows.append(
             GroupReport(
                 name=first.name,
                 match=float(match.mean()),
                 floor=float(floor.mean()),
                 floor_sd=float(floor.std()),
                 z=float(match.mean() - floor.mean()) / error if error > 0 else 0.0,
-                encoder_variance=_noise_share(draws),
+                encoder_variance=noise(first.name),
             )
         )
-    options = latent_match.options
-    units = min((group.plates[0].size for group in call.structure.groups), default=2 * options.match_size)
-    return MatchReport(
-        sum(reconstructions) / num_floor, tuple(groups), n_data, min(options.match_size, max(units // 2, 1))
-    )
+    return tuple(rows)
+
+
+def _size(options: MatchOptions, groups: tuple[Group, ...]) -> int:
+    """Units in each half: what was asked for, or what the data allow."""
+    units = min((group.plates[0].size for group in groups), default=2 * options.match_size)
+    return min(options.match_size, max(units // 2, 1))
 
 
 def _call(model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any) -> Call:

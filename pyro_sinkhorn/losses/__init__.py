@@ -1,5 +1,8 @@
 """Losses that drop into :class:`pyro.infer.SVI` in place of the ELBO."""
 
-from pyro_sinkhorn.losses.trace_sinkhorn import Terms, Trace_Sinkhorn
+from pyro_sinkhorn.losses.base import Terms
+from pyro_sinkhorn.losses.learned_cost import LearnedCost
+from pyro_sinkhorn.losses.trace_data_sinkhorn import Trace_DataSinkhorn
+from pyro_sinkhorn.losses.trace_sinkhorn import Trace_Sinkhorn
 
-__all__ = ["Terms", "Trace_Sinkhorn"]
+__all__ = ["LearnedCost", "Terms", "Trace_DataSinkhorn", "Trace_Sinkhorn"]

@@ -20,6 +20,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_sinkhorn.errors import NonFiniteError, ProgramError
+from pyro_sinkhorn.geometry.base import Geometry
 from pyro_sinkhorn.geometry.registry import geometry_of
 from pyro_sinkhorn.structure import PARTICLE_PLATE, Group, Plate, Site, parameters_of
 
@@ -57,15 +58,15 @@ def slices(trace: Trace, group: Group) -> tuple[Tensor, float]:
     return total, float(total.sum())
 
 
-def embedded(trace: Trace, name: str, plates: tuple[Plate, ...]) -> Tensor:
+def embedded(trace: Trace, name: str, plates: tuple[Plate, ...], geometry: Geometry | None = None) -> Tensor:
     """Rows ``(particles, n, columns)`` of one site, embedded, in the geometry's own unit.
 
     :param plates: plates whose slices become rows; a site outside some of them is repeated along those
-
+    :param geometry: that of the site; by default the registered one
     :raises NonFiniteError: a value is NaN or infinite
     """
     site = trace.nodes[name]
-    geometry = geometry_of(site["fn"], name)
+    geometry = geometry or geometry_of(site["fn"], name)
     value = site["value"]
     if not bool(value.isfinite().all()):
         bad = int((~value.isfinite()).sum())

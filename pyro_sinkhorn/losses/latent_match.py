@@ -86,7 +86,9 @@ class LatentMatch:
 
     def divergence(self, x: Cloud, y: Cloud, mean: Tensor, group: str, paired: bool) -> Tensor:
         """Normalised divergence between two clouds, one value a particle; a subclass may compare otherwise."""
-        return match(x, y, mean, self.options, group=group, paired=paired, warned=self._warned)
+        return match(
+            x, y, mean, self.options, group=f"latent group ({group})", paired=paired, warned=self._warned
+        )
 
     def coordinates(self, call: Call, name: str) -> Tensor:
         """Rows ``(particles * n, e)`` of the scored trace for the group of this name, in the prior's unit."""

@@ -10,8 +10,10 @@ so that it has no unit, and epsilon is ``relative_epsilon`` times the same numbe
 
 from __future__ import annotations
 
+import math
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +37,18 @@ class MatchOptions:
     max_iters: int = 500
     backend: str = "log"
 
+    def __post_init__(self) -> None:
+        if not (self.relative_epsilon > 0 and math.isfinite(self.relative_epsilon)):
+            raise ValueError(f"relative_epsilon is {self.relative_epsilon}: expected a positive number")
+        if self.match_size < 1:
+            raise ValueError(f"match_size is {self.match_size}: expected at least 1")
+        if self.debias not in ("independent", "self", None):
+            raise ValueError(f"debias is {self.debias!r}: expected 'independent', 'self' or None")
+
+    def config(self) -> dict[str, Any]:
+        """Arguments by name; not ``asdict``, which would copy a cost that learns."""
+        return {option.name: getattr(self, option.name) for option in fields(self)}
+
 
 @dataclass
 class MatchState:
@@ -46,6 +60,11 @@ class MatchState:
 
     units: dict[str, Tensor] = field(default_factory=dict)
     mean_costs: dict[str, Tensor] = field(default_factory=dict)
+
+    def load(self, saved: dict[str, Any]) -> None:
+        """Take over saved estimates; other keys are left alone."""
+        if "units" in saved:
+            self.units, self.mean_costs = dict(saved["units"]), dict(saved["mean_costs"])
 
 
 def mean_cost(cost: Cost, reference: Tensor) -> Tensor:
@@ -76,7 +95,8 @@ def match(
 ) -> Tensor:
     """Normalised divergence between two clouds of a group, one value a particle.
 
-    :param mean: mean prior-prior cost of the group
+    :param mean: mean cost within the reference cloud
+    :param group: what the clouds are of, for errors: ``latent group (z)``
     :param paired: row i of both clouds shares covariates or weights, so no unit may be on both sides of a transport
     :param warned: what was already warned of, so that each warning comes once a group; None for no warnings
     :raises ProgramError: too few units to split
@@ -87,13 +107,13 @@ def match(
     if options.debias == "independent":
         if n_units < 2:
             raise ProgramError(
-                f"latent group ({group}): a batch of {n_units} cannot be split into two independent halves. Give at "
+                f"{group}: a batch of {n_units} cannot be split into two independent halves. Give at "
                 "least 2 data a step (128 for the default match_size of 64), or debias='self'"
             )
-        if n_units // 2 < options.match_size and _first_time(warned, f"small batch of ({group})"):
+        if n_units // 2 < options.match_size and _first_time(warned, f"small batch of {group}"):
             warnings.warn(
-                f"latent group ({group}): a batch of {n_units} gives halves of {n_units // 2}, below match_size="
-                f"{options.match_size}. The match depends on that size where the laws differ, so prior_weight means "
+                f"{group}: a batch of {n_units} gives halves of {n_units // 2}, below match_size="
+                f"{options.match_size}. The match depends on that size where the laws differ, so its weight means "
                 f"something else for this batch; use batches of at least {2 * options.match_size}, or a smaller "
                 "match_size throughout",
                 UserWarning,
@@ -123,15 +143,15 @@ def match(
         )
     if not bool(result.value.isfinite().all()):
         raise NonFiniteError(
-            f"latent group ({group}): the transport between {tuple(x.points.shape)} guide points and "
-            f"{tuple(y.points.shape)} prior points is not finite, though the points are: their largest coordinates "
+            f"{group}: the transport between clouds of shape {tuple(x.points.shape)} and "
+            f"{tuple(y.points.shape)} is not finite, though the points are: their largest coordinates "
             f"are {float(x.points.abs().max()):.3g} and {float(y.points.abs().max()):.3g}"
         )
-    if not bool(result.converged.all()) and _first_time(warned, f"convergence of ({group})"):
+    if not bool(result.converged.all()) and _first_time(warned, f"convergence of {group}"):
         warnings.warn(
-            f"latent group ({group}): the transport stopped after {result.n_iters} iterations with a marginal error of "
-            f"{float(result.marginal_error.max()):.2g}, above the tolerance {options.tolerance:.2g}. While guide and "
-            "prior are far apart this does little harm; if it lasts, raise relative_epsilon, max_iters or tolerance. "
+            f"{group}: the transport stopped after {result.n_iters} iterations with a marginal error of "
+            f"{float(result.marginal_error.max()):.2g}, above the tolerance {options.tolerance:.2g}. While the clouds "
+            "are far apart this does little harm; if it lasts, raise relative_epsilon, max_iters or tolerance. "
             "This is said once",
             ConvergenceWarning,
             stacklevel=2,

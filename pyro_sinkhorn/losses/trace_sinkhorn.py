@@ -2,24 +2,18 @@ r"""Sinkhorn latent matching as a loss for :class:`pyro.infer.SVI`."""
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from pyro import poutine
-from pyro.infer import ELBO
 from pyro.infer.util import torch_item
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_sinkhorn.errors import NonFiniteError, ProgramError
+from pyro_sinkhorn.losses.base import SinkhornLoss, Terms
 from pyro_sinkhorn.losses.latent_match import Call, LatentMatch
 from pyro_sinkhorn.losses.matching import MatchOptions
-from pyro_sinkhorn.losses.registration import warn_of_untrained
 from pyro_sinkhorn.losses.scoring import (
     blame,
     check_guide,
@@ -27,33 +21,14 @@ from pyro_sinkhorn.losses.scoring import (
     check_supports,
     log_density,
     number_of_data,
-    run_guide,
-    run_scored,
     scored_sites,
 )
 from pyro_sinkhorn.ot.cost import Cost
 from pyro_sinkhorn.ot.divergence import Debias
-from pyro_sinkhorn.runs import preserved_buffers
-from pyro_sinkhorn.structure import sample_sites, structure_of
+from pyro_sinkhorn.structure import structure_of
 
 
-@dataclass
-class Terms:
-    """The parts of the last loss, in units a person can compare: all are per datum.
-
-    loss:            the whole
-    reconstruction:  -log p(x | z)
-    match:           normalised divergence of each group, without ``prior_weight``; it may be negative
-    globals:         log q - log p of the global latents
-    """
-
-    loss: float = math.nan
-    reconstruction: float = math.nan
-    match: dict[str, float] = field(default_factory=dict)
-    globals: float = 0.0
-
-
-class Trace_Sinkhorn(ELBO):
+class Trace_Sinkhorn(SinkhornLoss):
     r"""Reconstruction plus optimal transport between the aggregated posterior and the prior.
 
     .. math::
@@ -123,111 +98,40 @@ class Trace_Sinkhorn(ELBO):
     ) -> None:
         if not (prior_weight >= 0 and math.isfinite(prior_weight)):
             raise ValueError(f"prior_weight is {prior_weight}: expected a number of at least 0")
-        if not (relative_epsilon > 0 and math.isfinite(relative_epsilon)):
-            raise ValueError(f"relative_epsilon is {relative_epsilon}: expected a positive number")
-        if match_size < 1 or num_prior_batches < 1:
-            raise ValueError(
-                f"match_size is {match_size}, num_prior_batches {num_prior_batches}: expected at least 1"
-            )
+        if num_prior_batches < 1:
+            raise ValueError(f"num_prior_batches is {num_prior_batches}: expected at least 1")
         if groups not in ("joint", "marginal"):
             raise ValueError(f"groups is {groups!r}: expected 'joint' or 'marginal'")
-        if debias not in ("independent", "self", None):
-            raise ValueError(f"debias is {debias!r}: expected 'independent', 'self' or None")
-        super().__init__(
-            num_particles=num_particles,
-            vectorize_particles=vectorize_particles,
-            max_plate_nesting=max_plate_nesting,
-            retain_graph=retain_graph,
-        )
-        self._given_plate_nesting = max_plate_nesting
-        self._initial_plate_nesting = self.max_plate_nesting  # before it is guessed from a program
+        super().__init__(num_particles, vectorize_particles, max_plate_nesting, retain_graph)
         self.prior_weight = prior_weight
         options = MatchOptions(debias, relative_epsilon, match_size, cost, tolerance, max_iters, backend)
         self.latent_match = LatentMatch(options, groups, num_prior_batches)
-        self.terms = Terms()
-        self._checked_registration = False
 
     def config(self) -> dict[str, Any]:
         """Arguments that make an equal loss."""
-        return dataclasses.asdict(self.latent_match.options) | {
+        own = {
             "prior_weight": self.prior_weight,
             "groups": self.latent_match.grouping,
             "num_prior_batches": self.latent_match.num_prior_batches,
-            "num_particles": self.num_particles,
-            "vectorize_particles": self.vectorize_particles,
-            "max_plate_nesting": self._given_plate_nesting,
-            "retain_graph": self.retain_graph,
         }
+        return self.latent_match.options.config() | own | super().config()
 
     def fresh(self) -> Trace_Sinkhorn:
         """A copy that has seen no prior: what another program needs."""
-        other = copy.copy(self)
-        other.max_plate_nesting = self._initial_plate_nesting
-        other.latent_match, other.terms = self.latent_match.fresh(), Terms()
-        other._checked_registration = False
+        other = super().fresh()
+        other.latent_match = self.latent_match.fresh()
         return other
 
-    # The contract of pyro.infer.ELBO.
+    def state(self) -> dict[str, Any]:
+        """Units and mean costs of the prior."""
+        return vars(self.latent_match.state)
 
-    def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
-        """An estimate of the loss, without gradients."""
-        with torch.no_grad():
-            return torch_item(self.differentiable_loss(model, guide, *args, **kwargs))
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on with the units and mean costs of a :meth:`state`."""
+        self.latent_match.state.load(state)
 
-    def differentiable_loss(
-        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Tensor:
-        """An estimate of the loss as a tensor to differentiate."""
-        losses, terms = zip(*self._particles(model, guide, args, kwargs), strict=True)
-        self.terms = _mean_terms(terms)
-        return sum(losses) / len(losses)
-
-    def loss_and_grads(
-        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> float:
-        """An estimate of the loss; its gradients are added to the parameters', a particle at a time."""
-        if not self._checked_registration:
-            self._checked_registration = True
-            warn_of_untrained(model, guide, args, kwargs)
-        total, terms = 0.0, []
-        n = 1 if self.vectorize_particles else self.num_particles
-        for loss, term in self._particles(model, guide, args, kwargs):
-            if loss.requires_grad:
-                (loss / n).backward(retain_graph=self.retain_graph)
-            total += torch_item(loss) / n
-            terms.append(term)
-        self.terms = _mean_terms(terms)
-        return total
-
-    def _guess_max_plate_nesting(self, model: Any, guide: Any, args: Any, kwargs: Any) -> None:
-        """As Pyro's, but scores nothing: an implicit guide has no density to score."""
-        with poutine.block(), torch.no_grad(), preserved_buffers():
-            guide_trace = run_guide(guide, args, kwargs)
-            model_trace = run_scored(model, guide_trace, args, kwargs)
-        dims = [
-            frame.dim
-            for trace in (model_trace, guide_trace)
-            for _, site in sample_sites(trace)
-            for frame in site["cond_indep_stack"]
-            if frame.vectorized
-        ]
-        self.max_plate_nesting = -min(dims) if dims else 0
-        if self.vectorize_particles and self.num_particles > 1:
-            self.max_plate_nesting += 1
-
-    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
-        guide_trace = run_guide(guide, args, kwargs)
-        return run_scored(model, guide_trace, args, kwargs), guide_trace
-
-    # The loss itself.
-
-    def _particles(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Iterator[tuple[Tensor, Terms]]:
-        runner = model
-        for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
-            if self.vectorize_particles:
-                runner = self._vectorized_num_particles(model)
-            check_inputs(getattr(guide, "last_inputs", {}), model_trace)
-            yield self._one(runner, model_trace, guide_trace, args, kwargs)
+    def _check_pair(self, guide: Any, model_trace: Trace) -> None:
+        check_inputs(getattr(guide, "last_inputs", {}), model_trace)
 
     def _one(self, model: Any, scored: Trace, guide: Trace, args: Any, kwargs: Any) -> tuple[Tensor, Terms]:
         structure = structure_of(scored)
@@ -261,13 +165,3 @@ class Trace_Sinkhorn(ELBO):
             match={group.name: torch_item(group.value) for group in matches},
             globals=torch_item(log_ratio) / n_data,
         )
-
-
-def _mean_terms(terms: Sequence[Terms]) -> Terms:
-    n = len(terms)
-    return Terms(
-        loss=sum(t.loss for t in terms) / n,
-        reconstruction=sum(t.reconstruction for t in terms) / n,
-        match={name: sum(t.match[name] for t in terms) / n for name in terms[0].match},
-        globals=sum(t.globals for t in terms) / n,
-    )

@@ -575,7 +575,7 @@ def test_a_fresh_loss_has_seen_no_program():
         ({"prior_weight": math.nan}, "prior_weight is nan"),
         ({"relative_epsilon": 0.0}, "relative_epsilon is 0.0: expected a positive number"),
         ({"match_size": 0}, "match_size is 0"),
-        ({"num_prior_batches": 0}, "num_prior_batches 0"),
+        ({"num_prior_batches": 0}, "num_prior_batches is 0"),
         ({"groups": "both"}, "groups is 'both': expected 'joint' or 'marginal'"),
         ({"debias": "yes"}, "debias is 'yes': expected 'independent', 'self' or None"),
     ],

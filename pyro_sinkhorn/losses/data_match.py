@@ -1,0 +1,197 @@
+"""The match of simulated data to observed data, group by group: clouds, gather, match."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import pyro.distributions as dist
+import torch
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from pyro_sinkhorn.geometry.base import Geometry
+from pyro_sinkhorn.geometry.elementwise import Real
+from pyro_sinkhorn.geometry.registry import geometry_of
+from pyro_sinkhorn.losses.clouds import Cloud, embedded, make_cloud, slices
+from pyro_sinkhorn.losses.covariates import Covariates, covariate_rows
+from pyro_sinkhorn.losses.latent_match import GroupMatch
+from pyro_sinkhorn.losses.learned_cost import LearnedCost
+from pyro_sinkhorn.losses.matching import MatchOptions, MatchState, gather, match
+from pyro_sinkhorn.losses.simulation import Simulation
+from pyro_sinkhorn.ot.cost import Cost, cost_matrix
+from pyro_sinkhorn.structure import Group, innermost
+
+Scale = Literal["site", "column"] | None
+#: Rows that a mean cost is estimated from, at most.
+_REFERENCE = 1024
+
+
+class Classes(Geometry):
+    """Categorical data as one-hot rows; nothing produces them, so there is no head."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(torch.Size(), dim=num_classes)
+
+    def embed(self, value: Tensor) -> Tensor:
+        """One-hot rows, in the default floating dtype."""
+        return torch.nn.functional.one_hot(value.long(), self.dim).to(torch.get_default_dtype())
+
+
+class Counts(Real):
+    """Counts and booleans as the numbers they are."""
+
+    def embed(self, value: Tensor) -> Tensor:
+        """The numbers, flattened."""
+        return self.flatten(value if value.is_floating_point() else value.to(torch.get_default_dtype()))
+
+
+def data_geometry(fn: Any, name: str) -> Geometry:
+    """How values of an observed site are laid out as points; data, unlike latents, may be discrete."""
+    if isinstance(innermost(fn), dist.Categorical):
+        return Classes(innermost(fn).param_shape[-1])
+    if getattr(fn.support, "is_discrete", False):
+        return Counts(fn.event_shape)
+    return geometry_of(fn, name)
+
+
+class DataMatch:
+    """Match of all observed sites of a program; owns what is estimated once from the data.
+
+    :param options: how clouds are compared
+    :param scale: the unit of a site: one number for it, one for each of its columns, or none
+    :param covariates: what is appended to both clouds
+    """
+
+    def __init__(self, options: MatchOptions, scale: Scale = "site", covariates: Covariates = "auto") -> None:
+        self.options = options
+        self.scale: Scale = scale
+        self.covariates: Covariates = covariates
+        self.state = MatchState()
+        self.warned: set[str] = set()
+
+    def fresh(self) -> DataMatch:
+        """One with the same options that has seen no data; a cost that learns is copied as it is now."""
+        cost = self.options.cost
+        if isinstance(cost, LearnedCost):
+            cost = cost.fresh()
+        return type(self)(dataclasses.replace(self.options, cost=cost), self.scale, self.covariates)
+
+    def __call__(self, call: Simulation) -> list[GroupMatch]:
+        """Compare the simulated data with the observed ones."""
+        return self._compare(call, call.simulated, call.observed)
+
+    def floor(self, call: Simulation) -> list[GroupMatch]:
+        """The same statistic between independent simulations: its spread is the noise of the match."""
+        return self._compare(call, call.again(), call.again())
+
+    def _compare(self, call: Simulation, left: Trace, right: Trace) -> list[GroupMatch]:
+        return [self._compare_group(call, left, right, *found) for found in _carrying(call.groups)]
+
+    def _compare_group(
+        self, call: Simulation, left: Trace, right: Trace, group: Group, carried: tuple[str, ...]
+    ) -> GroupMatch:
+        weights, n_data = slices(call.observed, group)
+        if n_data == 0:  # a batch that is masked out
+            return GroupMatch(group.name, torch.zeros(()), 0.0)
+        self._estimate_units(call, group, carried, weights)
+        beside = covariate_rows(self.covariates, call, group, self.warned)
+        if beside is not None:
+            beside = self._scaled(beside, call, group, carried, weights)
+        options, cost = self.options, self.options.cost
+
+        def cloud(trace: Trace) -> Cloud:
+            points = self._points(trace, group, carried)
+            if beside is not None:
+                points = torch.cat([points, beside.to(points).expand(points.shape[0], -1, -1)], -1)
+            if isinstance(cost, LearnedCost):
+                points = cost.features(points)
+            return gather(make_cloud(points, weights, group))
+
+        x, y = cloud(left), cloud(right)
+        if isinstance(cost, LearnedCost):
+            # Its features change from step to step, so their unit is that of this batch.
+            options = dataclasses.replace(options, cost=cost.ground)
+            mean = mean_cost_within(cost.ground, y.points)
+        else:
+            if group.name not in self.state.mean_costs:
+                reference = y if right is call.observed else cloud(call.observed)
+                self.state.mean_costs[group.name] = mean_cost_within(cost, reference.points)
+            mean = self.state.mean_costs[group.name].to(x.points)
+        paired = beside is not None or x.weights is not None
+        label = f"observed data ({group.name})"
+        value = match(x, y, mean, options, group=label, paired=paired, warned=self.warned)
+        return GroupMatch(group.name, value.mean(), n_data)
+
+    def _points(self, trace: Trace, group: Group, carried: tuple[str, ...]) -> Tensor:
+        """Rows ``(particles, n, e)``: every site embedded, in its unit."""
+        columns = []
+        for name in (*carried, *group.sites):
+            rows = embedded(trace, name, group.plates, data_geometry(trace.nodes[name]["fn"], name))
+            columns.append(rows / self.state.units[name].to(rows))
+        particles = max(rows.shape[0] for rows in columns)
+        return torch.cat([rows.expand(particles, -1, -1).to(columns[0]) for rows in columns], -1)
+
+    @torch.no_grad()
+    def _estimate_units(
+        self, call: Simulation, group: Group, carried: tuple[str, ...], weights: Tensor
+    ) -> None:
+        for name in (*carried, *group.sites):
+            if name in self.state.units:
+                continue
+            fn = call.observed.nodes[name]["fn"]
+            rows = embedded(call.observed, name, group.plates, data_geometry(fn, name)).flatten(0, 1)
+            rows = rows[weights > 0] if len(rows) == len(weights) else rows
+            spread = rows.var(0, correction=0)
+            if self.scale == "site":
+                spread = spread.mean()
+            unit = spread.sqrt() if self.scale is not None else torch.ones_like(spread.mean())
+            # A column that does not vary in the data stays in its own unit: simulated data may vary there.
+            self.state.units[name] = torch.where(unit > 0, unit, torch.ones_like(unit))
+
+    @torch.no_grad()
+    def _scaled(
+        self, beside: Tensor, call: Simulation, group: Group, carried: tuple[str, ...], weights: Tensor
+    ) -> Tensor:
+        """Covariates in a unit that spreads them as far as the data."""
+        key = f"covariates of {group.name}"
+        if key not in self.state.units:
+            points = self._points(call.observed, group, carried).flatten(0, 1)
+            kept = weights > 0
+            spread = (
+                points[kept].var(0, correction=0).sum() if len(points) == len(kept) else points.var(0).sum()
+            )
+            mine = beside[kept].var(0, correction=0)
+            columns = (
+                torch.where(mine > 0, mine, torch.ones_like(mine)).sqrt()
+                * (mine > 0).sum().clamp_min(1).sqrt()
+            )
+            self.state.units[key] = columns / torch.where(spread > 0, spread, torch.ones_like(spread)).sqrt()
+        return beside / self.state.units[key].to(beside)
+
+
+def _carrying(groups: tuple[Group, ...]) -> Iterator[tuple[Group, tuple[str, ...]]]:
+    """Groups, each with the observed sites of the plates around it, which it carries along."""
+    for group in groups:
+        names = {plate.name for plate in group.plates}
+        yield (
+            group,
+            tuple(
+                name
+                for other in groups
+                if {plate.name for plate in other.plates} < names
+                for name in other.sites
+            ),
+        )
+
+
+@torch.no_grad()
+def mean_cost_within(cost: Cost, points: Tensor) -> Tensor:
+    """Mean cost between two different points of a cloud ``(particles, n, e)``; 1 where there is no spread."""
+    rows = points.detach()[:1]
+    rows = rows[:, torch.randperm(rows.shape[1], device=rows.device)[:_REFERENCE]]
+    matrix = cost_matrix(cost, rows, rows)[0]
+    n = len(matrix)
+    value = (matrix.sum() - matrix.diagonal().sum()) / max(n * (n - 1), 1)
+    return value if bool(value > 0) else torch.ones_like(value)

@@ -1,0 +1,62 @@
+"""The parts a program is made of: what may be given, and what stands in for what is not."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from pyro.infer import ELBO
+from torch import nn
+
+from pyro_sinkhorn.errors import ProgramError
+from pyro_sinkhorn.guide.auto_implicit import AutoImplicit
+from pyro_sinkhorn.losses.base import SinkhornLoss
+from pyro_sinkhorn.losses.trace_sinkhorn import Trace_Sinkhorn
+from pyro_sinkhorn.modules import made_guide
+
+
+def no_guide(*_args: Any, **_kwargs: Any) -> None:
+    """The guide of a program that compares data only: it infers nothing."""
+
+
+def checked_parts(
+    model: Any, guide: Any, loss: Any, encoder: nn.Module | None
+) -> tuple[Callable[..., Any], Any, Any]:
+    """Model, guide (None for the loss's default) and loss, as a program keeps them.
+
+    :raises ProgramError: one of them is something else
+    """
+    if encoder is not None and guide is not None:
+        raise ProgramError("give either a guide or an encoder for the default guide, not both")
+    loss = Trace_Sinkhorn() if loss is None else loss
+    if isinstance(loss, type) or not hasattr(loss, "loss_and_grads"):
+        raise ProgramError(f"the loss is {loss!r}: expected an instance of a loss, such as Trace_Sinkhorn()")
+    if encoder is not None and not needs_guide(loss):
+        raise ProgramError(
+            f"{type(loss).__name__} compares data and infers no latents, so there is nothing to encode: leave encoder= out"
+        )
+    if encoder is not None:
+        guide = functools.partial(AutoImplicit, encoder=encoder)
+    for role, given in (("model", model), ("guide", no_guide if guide is None else guide)):
+        if not callable(given) or isinstance(given, ELBO):  # which can be called, too
+            raise ProgramError(f"the {role} is a {type(given).__name__}: expected a callable Pyro program")
+    return model, guide, loss
+
+
+def guide_for(guide: Any, loss: Any, model: Callable[..., Any]) -> Any:
+    """The guide given, or made of the class or partial given, or the default one of the loss."""
+    if guide is None:
+        guide = AutoImplicit if needs_guide(loss) else no_guide
+    return made_guide(guide, model)
+
+
+def needs_guide(loss: Any) -> bool:
+    """Whether a loss wants latents from a guide; one that is not ours does."""
+    return not isinstance(loss, SinkhornLoss) or loss.needs_guide
+
+
+def loss_for(loss: Any) -> Any:
+    """A loss of the program's own, which has seen no other."""
+    return loss.fresh() if isinstance(loss, SinkhornLoss) else copy.deepcopy(loss)
