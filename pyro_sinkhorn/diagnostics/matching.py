@@ -121,6 +121,9 @@ def match_report(
     Under equality z has standard deviation about 1, measured on normal latents; about 2 where the encoder is
     deterministic and the data are only twice ``match_size``, since then every evaluation sees one and the same cloud.
 
+    Simulated data are compared with one and the same data at every evaluation; z allows for that, and is then rather
+    below 1 under equality.
+
     :param args: arguments of the model; at least twice ``match_size`` data for a stable number
     :param loss: the loss whose match to report; default ``Trace_Sinkhorn()``. With a ``Trace_DataSinkhorn`` the match is
         that of simulated data to data, and its floor is that between independent simulations
@@ -181,7 +184,7 @@ def _report_of_data(
     n_data = number_of_data(call.observed, call.structure)
     return MatchReport(
         reconstruction=None,
-        groups=_compared(matches, floors, lambda name: None),
+        groups=_compared(matches, floors, lambda name: None, one_sample=True),
         n_data=n_data,
         match_size=_size(data_match.options, call.groups),
         covariates=tuple(dict.fromkeys(names)),
@@ -189,14 +192,21 @@ def _report_of_data(
 
 
 def _compared(
-    matches: list[list[GroupMatch]], floors: list[list[GroupMatch]], noise: Callable[[str], float | None]
+    matches: list[list[GroupMatch]],
+    floors: list[list[GroupMatch]],
+    noise: Callable[[str], float | None],
+    one_sample: bool = False,
 ) -> tuple[GroupReport, ...]:
-    """A row for each group, of several evaluations of match and floor."""
+    """A row for each group, of several evaluations of match and floor.
+
+    :param one_sample: all matches are of one and the same sample of data. Its own noise is not averaged out: at most
+        half of the floor's variance, since at equal laws the statistic treats both clouds alike
+    """
     rows = []
     for i, first in enumerate(matches[0]):
         match = torch.stack([values[i].value for values in matches]).double()
         floor = torch.stack([values[i].value for values in floors]).double()
-        error = math.sqrt(float(match.var() + floor.var()) / len(match))
+        error = math.sqrt(float(match.var() + floor.var()) / len(match) + one_sample * float(floor.var()) / 2)
         rows.append(
             GroupReport(
                 name=first.name,

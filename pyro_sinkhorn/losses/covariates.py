@@ -82,13 +82,15 @@ def covariate_names(given: Covariates, call: Simulation, group: Group) -> list[s
 
 
 def _candidates(call: Simulation, group: Group) -> list[tuple[str, Tensor]]:
-    """Arguments that hold no observed data, with the words for them."""
+    """Arguments that hold no observed data, with the words for them; booleans are mostly masks."""
     indices = subsamples(call.simulated)
     observed = [call.observed.nodes[name]["value"] for name in call.structure.data]
     return [
         (spoken(path), value)
         for path, value in tensors_of(call.args, call.kwargs)
-        if value.dim() and not any(_is_source(value, data, group.plates, indices) for data in observed)
+        if value.dim()
+        and value.dtype != torch.bool
+        and not any(_is_source(value, data, group.plates, indices) for data in observed)
     ]
 
 

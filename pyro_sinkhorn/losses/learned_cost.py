@@ -94,7 +94,6 @@ class LearnedCost:
         self.make_optim = optim
         self.optim = optim([p for p in network.parameters() if p.requires_grad])
         self._vectors: dict[str, Tensor] = {}
-        self._constrain()
 
     @property
     def ground(self) -> str:
@@ -149,7 +148,7 @@ class LearnedCost:
         :raises NonFiniteError: the value or its gradient is NaN or infinite; the network stays as it was
         """
         if not bool(value.isfinite()):
-            raise NonFiniteError(f"the divergence that the cost ascends is {float(value)}")
+            raise NonFiniteError(f"the divergence that the cost ascends is {float(value.detach())}")
         self.optim.zero_grad()
         (-value).backward()
         for name, parameter in self.network.named_parameters():

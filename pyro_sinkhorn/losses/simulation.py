@@ -223,6 +223,8 @@ def _not_finite(trace: Trace) -> str:
         if latent and not bool(site["value"].isfinite().all()):
             return f": the latent {name!r} is NaN or infinite"
     for name, site in sample_sites(trace):
+        if isinstance(innermost(site["fn"]), Implicit):
+            continue
         for parameter, _ in parameters_of(site["fn"]):
             if site["infer"].get("was_observed") and not bool(parameter.isfinite().all()):
                 return f", since a parameter of the distribution of {name!r} is"
