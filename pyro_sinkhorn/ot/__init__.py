@@ -2,6 +2,14 @@
 
 from pyro_sinkhorn.ot.divergence import DivergenceResult, sinkhorn_divergence
 from pyro_sinkhorn.ot.problem import ConvergenceWarning
+from pyro_sinkhorn.ot.rounding import round_plan
 from pyro_sinkhorn.ot.sinkhorn import SinkhornResult, sinkhorn
 
-__all__ = ["ConvergenceWarning", "DivergenceResult", "SinkhornResult", "sinkhorn", "sinkhorn_divergence"]
+__all__ = [
+    "ConvergenceWarning",
+    "DivergenceResult",
+    "SinkhornResult",
+    "round_plan",
+    "sinkhorn",
+    "sinkhorn_divergence",
+]

@@ -11,7 +11,8 @@ law. ``debias="independent"`` splits each cloud into independent halves of equal
 
 (Salimans et al. 2018, *Improving GANs using optimal transport*), whose expectation is exactly zero when the
 laws agree and whose gradient is unbiased. **A single estimate can be negative: that is correct.** ``"self"`` is
-the divergence of Feydy et al. 2019, kept for comparison; ``None`` is plain transport.
+the divergence of Feydy et al. 2019, kept for comparison; ``None`` is plain transport. Genevay, Peyré and Cuturi
+2018 write twice of it, :math:`\bar W = 2W(X,Y) - W(X,X) - W(Y,Y)`: ``convention="genevay"``.
 """
 
 from __future__ import annotations
@@ -22,19 +23,32 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pyro_sinkhorn.ot.checks import (
+    Gradient,
+    Value,
+    check_clouds,
+    check_epsilon,
+    check_variant,
+    check_weights,
+)
 from pyro_sinkhorn.ot.cost import Cost
 from pyro_sinkhorn.ot.halves import Half, Halves, draw_halves
-from pyro_sinkhorn.ot.sinkhorn import check_clouds, check_epsilon, check_weights, sinkhorn
+from pyro_sinkhorn.ot.sinkhorn import sinkhorn
 
 Debias = Literal["independent", "self"] | None
+Convention = Literal["feydy", "genevay"]
+
+#: What the divergence is of ``cross - self_x / 2 - self_y / 2``.
+SCALES: dict[str, int] = {"feydy": 1, "genevay": 2}
 
 
 @dataclass(frozen=True)
 class DivergenceResult:
     """What :func:`sinkhorn_divergence` returns; batch dimensions lead every tensor.
 
-    value:            the divergence, ``cross - self_x / 2 - self_y / 2``, differentiable
-    cross:            transport cost between the clouds
+    value:            the divergence, ``cross - self_x / 2 - self_y / 2`` or, in the convention of Genevay, twice that;
+                      differentiable
+    cross:            transport cost between the clouds, in either convention
     self_x, self_y:   transport cost within each law (zero with ``debias=None``)
     marginal_error:   the largest among the problems solved
     n_iters:          iterations of the slowest problem
@@ -59,6 +73,9 @@ def sinkhorn_divergence(
     cost: Cost = "sqeuclidean",
     debias: Debias = "independent",
     *,
+    value: Value = "entropic",
+    gradient: Gradient = "envelope",
+    convention: Convention = "feydy",
     match_size: int | None = None,
     units_x: Tensor | None = None,
     units_y: Tensor | None = None,
@@ -68,17 +85,23 @@ def sinkhorn_divergence(
     backend: str = "log",
     generator: torch.Generator | None = None,
 ) -> DivergenceResult:
-    r"""Debiased entropic transport between the laws that ``x`` and ``y`` were drawn from.
+    r"""Debiased transport between the laws that ``x`` and ``y`` were drawn from.
 
     :param x: points, ``(..., n, d)``
     :param y: points, ``(..., m, d)``
-    :param epsilon: regularisation, absolute, in units of the cost
+    :param epsilon: regularisation, absolute, in units of the cost. 0 is exact transport, for uniform weights: between
+        clouds of any size with ``"independent"``, whose halves are equal, of one size otherwise
     :param a: weights of ``x``, ``(..., n)``; uniform by default. They are renormalised within each half. A point
         of weight zero still counts as a unit of its half: leave masked points out, or halves are unequal again
     :param b: weights of ``y``, ``(..., m)``
     :param cost: see :func:`~pyro_sinkhorn.ot.sinkhorn`
     :param debias: ``"independent"`` (default: the only one without shrinkage on minibatches), ``"self"`` or
         ``None``
+    :param value: ``"entropic"``, ``"sharp"`` or ``"rounded"``, of every part: see :func:`~pyro_sinkhorn.ot.sinkhorn`
+    :param gradient: ``"envelope"`` or ``"unrolled"``, of every part; unrolled self terms are differentiated through
+        both of their arguments
+    :param convention: ``"feydy"`` (default) is ``cross - self_x / 2 - self_y / 2``, on the scale of transport;
+        ``"genevay"`` is ``2 * cross - self_x - self_y``, exactly twice that
     :param match_size: units in each half, so that each transport problem is ``match_size`` square; larger clouds
         are cut into blocks, whose estimates are averaged. Default half of the smaller cloud. Between unequal
         laws the expectation depends on it, so a comparison should hold it fixed. Used by ``"independent"`` only
@@ -88,7 +111,8 @@ def sinkhorn_divergence(
         used
     :param generator: source of the random split; torch's global one by default
     :returns: a :class:`DivergenceResult`
-    :raises ValueError: for clouds that make no transport problem, or cannot be split
+    :raises ValueError: for clouds that make no transport problem, or cannot be split, and as
+        :func:`~pyro_sinkhorn.ot.sinkhorn` for a value without the gradient asked of it
 
     >>> rng = torch.Generator().manual_seed(0)
     >>> x, y = torch.randn(2, 400, 2, generator=rng)
@@ -97,9 +121,19 @@ def sinkhorn_divergence(
     >>> sinkhorn_divergence(x + 2, y, epsilon=1.0, generator=rng).value.item() > 6  # the squared shift is 8
     True
     """
-    options: dict[str, Any] = {"tolerance": tolerance, "max_iters": max_iters, "backend": backend}
+    options: dict[str, Any] = {
+        "value": value,
+        "gradient": gradient,
+        "tolerance": tolerance,
+        "max_iters": max_iters,
+        "backend": backend,
+    }
     if debias not in ("independent", "self", None):
         raise ValueError(f"debias is {debias!r}: expected 'independent', 'self' or None")
+    if convention not in SCALES:
+        raise ValueError(f"convention is {convention!r}: expected one of {sorted(SCALES)}")
+    check_variant(value, gradient)
+    scale = SCALES[convention]
     x, y = check_clouds(x, y, cost)
     epsilon = check_epsilon(epsilon, x)
     a, b = check_weights(a, x, "a"), check_weights(b, y, "b")
@@ -114,18 +148,18 @@ def sinkhorn_divergence(
             generator=generator,
             device=x.device,
         )
-        return _independent(x, y, epsilon, a, b, cost, halves, shared_units, options)
+        return _independent(x, y, epsilon, a, b, cost, halves, shared_units, scale, options)
     out = sinkhorn(x, y, epsilon, a, b, cost, **options)
     if debias is None:
         zero = torch.zeros_like(out.value)
         return DivergenceResult(
-            out.value, out.value, zero, zero, out.marginal_error, out.n_iters, out.converged
+            scale * out.value, out.value, zero, zero, out.marginal_error, out.n_iters, out.converged
         )
     xx = sinkhorn(x, x, epsilon, a, a, cost, **options)
     yy = sinkhorn(y, y, epsilon, b, b, cost, **options)
     parts = (out, xx, yy)
     return DivergenceResult(
-        value=out.value - xx.value / 2 - yy.value / 2,
+        value=scale * (out.value - xx.value / 2 - yy.value / 2),
         cross=out.value,
         self_x=xx.value,
         self_y=yy.value,
@@ -144,6 +178,7 @@ def _independent(
     cost: Cost,
     halves: Halves,
     shared: bool,
+    scale: int,
     options: dict[str, Any],
 ) -> DivergenceResult:
     x1, x2 = _take(x, a, halves.x1), _take(x, a, halves.x2)
@@ -153,10 +188,10 @@ def _independent(
     left, right = zip(*cross, (x1, x2), (y1, y2), strict=True)
     (xs, ws), (ys, vs) = (tuple(map(torch.stack, zip(*side, strict=True))) for side in (left, right))
     out = sinkhorn(xs, ys, epsilon.unsqueeze(-1), ws, vs, cost, **options)
-    value = out.value.mean(-1)  # over blocks
-    cross_value, self_x, self_y = value[:-2].mean(0), value[-2], value[-1]
+    costs = out.value.mean(-1)  # over blocks
+    cross_value, self_x, self_y = costs[:-2].mean(0), costs[-2], costs[-1]
     return DivergenceResult(
-        value=cross_value - self_x / 2 - self_y / 2,
+        value=scale * (cross_value - self_x / 2 - self_y / 2),
         cross=cross_value,
         self_x=self_x,
         self_y=self_y,

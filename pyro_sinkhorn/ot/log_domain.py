@@ -40,10 +40,12 @@ def solve_log_domain(problem: Problem) -> Solution:
         # After a column step the columns are exact and the rows off by exp((f - f_next)/epsilon): the next
         # row step measures the error of the pair (f, g) for nothing.
         f_next = half_step(g, cost, log_b, epsilon)
-        residual = problem.a.detach() * torch.expm1((f - f_next) / epsilon[:, None]).abs()
-        error = residual.where(log_a > -torch.inf, 0).sum(-1)  # expm1 may overflow at a masked point: 0 * inf
+        error = row_error(f, f_next, problem.a.detach(), epsilon)
         # Written so that NaN ends the loop too. The last round only measures: the error is the returned pair's.
-        if iteration == problem.max_iters or not bool((error > problem.tolerance).any()):
+        # A tolerance of 0 asks for exactly max_iters rounds, also where rounding makes the error 0.
+        if iteration == problem.max_iters or (
+            problem.tolerance > 0 and not bool((error > problem.tolerance).any())
+        ):
             break
         f = f_next
         g = half_step(f, cost.mT, log_a, epsilon)
@@ -55,3 +57,9 @@ def half_step(potential: Tensor, cost: Tensor, log_weights: Tensor, epsilon: Ten
     eps = epsilon[:, None]
     exponent = (log_weights + potential / eps).unsqueeze(-2) - cost / eps.unsqueeze(-1)
     return -eps * torch.logsumexp(exponent, -1)
+
+
+def row_error(f: Tensor, f_next: Tensor, a: Tensor, epsilon: Tensor) -> Tensor:
+    """L1 error of the row sums of the pair ``(f, g)``, ``(B,)``, where ``f_next`` is the row step from ``g``."""
+    residual = a * torch.expm1((f - f_next) / epsilon[:, None]).abs()
+    return residual.where(a > 0, 0).sum(-1)  # expm1 may overflow at a masked point: 0 * inf

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,10 +22,10 @@ class Problem:
 
     x, y:       points, ``(B, n, d)`` and ``(B, m, d)``; they may carry gradients
     a, b:       weights, ``(B, n)`` and ``(B, m)``, rows summing to 1; zeros are allowed (masked points)
-    epsilon:    regularisation in units of the cost, ``(B,)``, positive
+    epsilon:    regularisation in units of the cost, ``(B,)``: all positive, or all 0 for exact assignments
     cost:       a name or a callable, see :mod:`pyro_sinkhorn.ot.cost`
-    tolerance:  stop once the L1 error of the row marginals is below it, for every problem of the batch
-    max_iters:  stop there in any case
+    tolerance:  stop once the L1 error of the row marginals is below it, for every problem of the batch; 0 never stops
+    max_iters:  iterations at most, and exactly where the tolerance is 0
     """
 
     x: Tensor
@@ -45,12 +46,15 @@ class Problem:
 
 @dataclass(frozen=True)
 class Solution:
-    """Dual potentials of a :class:`Problem` and how they were reached; nothing here carries a graph.
+    """Dual potentials of a :class:`Problem` and how they were reached.
+
+    Nothing here carries a graph, but for the potentials of unrolled iterations.
 
     f, g:            potentials, ``(B, n)`` and ``(B, m)``, in units of the cost
     marginal_error:  L1 error of the row marginals of this very pair ``(B,)``; its columns are exact
     n_iters:         pairs of half-steps made, epsilon schedule included
     converged:       ``marginal_error <= tolerance``, ``(B,)``
+    assignment:      where epsilon is 0, the point of y for each of x, ``(B, n)``
     """
 
     f: Tensor
@@ -58,15 +62,7 @@ class Solution:
     marginal_error: Tensor
     n_iters: int
     converged: Tensor
-
-
-def plan(problem: Problem, solution: Solution) -> Tensor:
-    r"""The coupling :math:`P_{ij} = a_i b_j \exp((f_i+g_j-C_{ij})/\varepsilon)`, ``(B, n, m)``, detached."""
-    with torch.no_grad():
-        f, g = without_masked(solution.f, problem.a), without_masked(solution.g, problem.b)
-        exponent = f.unsqueeze(-1) + g.unsqueeze(-2) - problem.cost_matrix
-        density = (exponent / problem.epsilon[:, None, None]).exp()
-        return problem.a.unsqueeze(-1) * problem.b.unsqueeze(-2) * density
+    assignment: Tensor | None = None
 
 
 def without_masked(potential: Tensor, weights: Tensor) -> Tensor:
@@ -75,3 +71,12 @@ def without_masked(potential: Tensor, weights: Tensor) -> Tensor:
     No constraint bounds the density between two masked points: it may overflow, and 0 times infinity is NaN.
     """
     return potential.masked_fill(weights == 0, -torch.inf)
+
+
+def largest_exponent(dtype: torch.dtype) -> float:
+    """Densities at points of zero weight are cut at its exponential, whose square is still finite.
+
+    >>> largest_exponent(torch.float32) < 45
+    True
+    """
+    return math.log(torch.finfo(dtype).max) / 2

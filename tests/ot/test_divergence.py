@@ -568,7 +568,10 @@ BAD = {
         {"x": torch.zeros(4, 3, dtype=D)},
         r"x has shape \(4, 3\) and y \(17, 2\): the last dimension",
     ),
-    "epsilon zero": ({"epsilon": 0.0}, r"epsilon is 0\.0: expected a positive finite number"),
+    "epsilon negative": ({"epsilon": -1.0}, r"epsilon is -1\.0: expected a positive finite number"),
+    "unknown value": ({"value": "blunt"}, r"value is 'blunt': expected one of \['entropic'"),
+    "unknown gradient": ({"gradient": "none"}, r"gradient is 'none': expected one of \['envelope'"),
+    "unknown convention": ({"convention": "mine"}, r"convention is 'mine': expected one of \['feydy'"),
     "epsilon NaN": ({"epsilon": math.nan}, r"epsilon is nan: expected a positive finite number"),
     "too many epsilons": ({"epsilon": torch.ones(6)}, r"epsilon has shape \(6,\): expected .* batch \(\)"),
     "a too long": (

@@ -654,10 +654,8 @@ BAD = {
         {"x": torch.zeros(2, 4, 2, dtype=D), "y": torch.zeros(3, 4, 2, dtype=D)},
         r"x has shape \(2, 4, 2\) and y \(3, 4, 2\): .*leading dimensions.* must broadcast",
     ),
-    "epsilon zero": (
-        {"epsilon": 0.0},
-        r"epsilon is 0\.0: expected a positive finite number, in units of the cost",
-    ),
+    "epsilon zero": ({"epsilon": 0.0}, r"epsilon is 0 for clouds of 12 and 17 points: .* needs equal sizes"),
+    "tolerance negative": ({"tolerance": -1e-6}, r"tolerance is -1e-06: expected .* at least 0"),
     "epsilon negative": ({"epsilon": -1.0}, r"epsilon is -1\.0: expected a positive"),
     "epsilon NaN": ({"epsilon": math.nan}, r"epsilon is nan: expected a positive"),
     "epsilon infinite": ({"epsilon": math.inf}, r"epsilon is inf: expected a positive finite"),
