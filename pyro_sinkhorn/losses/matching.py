@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pyro_sinkhorn.errors import NonFiniteError, ProgramError
 from pyro_sinkhorn.losses.clouds import Cloud
+from pyro_sinkhorn.ot.checks import Gradient, Value, check_variant
 from pyro_sinkhorn.ot.cost import Cost, cost_matrix
 from pyro_sinkhorn.ot.divergence import Debias, sinkhorn_divergence
 from pyro_sinkhorn.ot.problem import ConvergenceWarning
@@ -36,10 +37,19 @@ class MatchOptions:
     tolerance: float = 1e-2
     max_iters: int = 500
     backend: str = "log"
+    value: Value = "entropic"
+    gradient: Gradient = "envelope"
 
     def __post_init__(self) -> None:
-        if not (self.relative_epsilon > 0 and math.isfinite(self.relative_epsilon)):
-            raise ValueError(f"relative_epsilon is {self.relative_epsilon}: expected a positive number")
+        check_variant(self.value, self.gradient)
+        if self.value != "entropic" and self.gradient == "envelope" and self.relative_epsilon > 0:
+            raise ValueError(
+                f"value={self.value!r} has no envelope gradient: give gradient='unrolled', or value='entropic'"
+            )
+        if not (self.relative_epsilon >= 0 and math.isfinite(self.relative_epsilon)):
+            raise ValueError(f"relative_epsilon is {self.relative_epsilon}: expected a number of at least 0")
+        if self.relative_epsilon == 0 and self.gradient == "unrolled":
+            raise ValueError("relative_epsilon=0 is an exact assignment, which has no iterations to unroll")
         if self.match_size < 1:
             raise ValueError(f"match_size is {self.match_size}: expected at least 1")
         if self.debias not in ("independent", "self", None):
@@ -132,6 +142,8 @@ def match(
             b,
             cost=options.cost,
             debias=options.debias,
+            value=options.value,
+            gradient=options.gradient,
             match_size=match_size,
             units_x=x.units,
             units_y=y.units,
@@ -147,7 +159,8 @@ def match(
             f"{tuple(y.points.shape)} is not finite, though the points are: their largest coordinates "
             f"are {float(x.points.abs().max()):.3g} and {float(y.points.abs().max()):.3g}"
         )
-    if not bool(result.converged.all()) and _first_time(warned, f"convergence of {group}"):
+    stopped = options.tolerance > 0 and not bool(result.converged.all())
+    if stopped and _first_time(warned, f"convergence of {group}"):
         warnings.warn(
             f"{group}: the transport stopped after {result.n_iters} iterations with a marginal error of "
             f"{float(result.marginal_error.max()):.2g}, above the tolerance {options.tolerance:.2g}. While the clouds "

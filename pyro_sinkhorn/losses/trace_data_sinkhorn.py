@@ -22,6 +22,7 @@ from pyro_sinkhorn.losses.matching import MatchOptions
 from pyro_sinkhorn.losses.prior import warn_if_gradient_lost
 from pyro_sinkhorn.losses.scoring import log_density, number_of_data, run_guide
 from pyro_sinkhorn.losses.simulation import Simulation, check_gradient, run_simulated, simulation_of
+from pyro_sinkhorn.ot.checks import Gradient, Value
 from pyro_sinkhorn.ot.cost import Cost
 from pyro_sinkhorn.ot.divergence import Debias
 from pyro_sinkhorn.structure import sample_sites
@@ -71,6 +72,9 @@ class Trace_DataSinkhorn(SinkhornLoss):
     :param debias: ``"independent"`` (unbiased on minibatches), ``"self"`` (fits a law narrower than the data's) or None
     :param tolerance: marginal error at which the solver stops; 1e-2 leaves gradients within about 1%
     :param max_iters: iterations of the solver at most
+    :param value: what of the plan is reported, see :func:`pyro_sinkhorn.ot.sinkhorn`; the papers' is ``"sharp"``
+    :param gradient: ``"envelope"``, or ``"unrolled"`` through the iterations as in the papers, which the other values
+        need; ``tolerance=0`` then makes exactly ``max_iters`` of them
     :param num_particles: simulations a step, each a cloud of its own
     :param vectorize_particles: run them in one batch; noise must then come from ``pyro.sample``
     :param max_plate_nesting: as in Pyro; found out by running the programs once where needed
@@ -113,6 +117,8 @@ class Trace_DataSinkhorn(SinkhornLoss):
         tolerance: float = 1e-2,
         max_iters: int = 500,
         backend: str = "log",
+        value: Value = "entropic",
+        gradient: Gradient = "envelope",
         num_particles: int = 1,
         vectorize_particles: bool = False,
         max_plate_nesting: float = float("inf"),
@@ -128,7 +134,9 @@ class Trace_DataSinkhorn(SinkhornLoss):
             )
         super().__init__(num_particles, vectorize_particles, max_plate_nesting, retain_graph)
         self.weight = weight
-        options = MatchOptions(debias, relative_epsilon, match_size, cost, tolerance, max_iters, backend)
+        options = MatchOptions(
+            debias, relative_epsilon, match_size, cost, tolerance, max_iters, backend, value, gradient
+        )
         self.data_match = DataMatch(options, scale, covariates)
 
     @property

@@ -23,6 +23,7 @@ from pyro_sinkhorn.losses.scoring import (
     number_of_data,
     scored_sites,
 )
+from pyro_sinkhorn.ot.checks import Gradient, Value
 from pyro_sinkhorn.ot.cost import Cost
 from pyro_sinkhorn.ot.divergence import Debias
 from pyro_sinkhorn.structure import structure_of
@@ -57,6 +58,9 @@ class Trace_Sinkhorn(SinkhornLoss):
     :param cost: ground cost between embeddings, see :func:`pyro_sinkhorn.ot.sinkhorn`
     :param tolerance: marginal error at which the solver stops; 1e-2 leaves gradients within about 1%
     :param max_iters: iterations of the solver at most
+    :param value: what of the plan is reported, see :func:`pyro_sinkhorn.ot.sinkhorn`; the papers' is ``"sharp"``
+    :param gradient: ``"envelope"``, or ``"unrolled"`` through the iterations as in the papers, which the other values
+        need; ``tolerance=0`` then makes exactly ``max_iters`` of them
     :param num_particles: guide draws a step; each has a cloud of its own
     :param vectorize_particles: run them in one batch
     :param max_plate_nesting: as in Pyro; found out by running the programs once where needed
@@ -91,6 +95,8 @@ class Trace_Sinkhorn(SinkhornLoss):
         tolerance: float = 1e-2,
         max_iters: int = 500,
         backend: str = "log",
+        value: Value = "entropic",
+        gradient: Gradient = "envelope",
         num_particles: int = 1,
         vectorize_particles: bool = False,
         max_plate_nesting: float = float("inf"),
@@ -104,7 +110,9 @@ class Trace_Sinkhorn(SinkhornLoss):
             raise ValueError(f"groups is {groups!r}: expected 'joint' or 'marginal'")
         super().__init__(num_particles, vectorize_particles, max_plate_nesting, retain_graph)
         self.prior_weight = prior_weight
-        options = MatchOptions(debias, relative_epsilon, match_size, cost, tolerance, max_iters, backend)
+        options = MatchOptions(
+            debias, relative_epsilon, match_size, cost, tolerance, max_iters, backend, value, gradient
+        )
         self.latent_match = LatentMatch(options, groups, num_prior_batches)
 
     def config(self) -> dict[str, Any]:

@@ -509,3 +509,49 @@ def test_traces_of_one_call():
     trace = run_simulated(scaled, guide, (torch.zeros(4, 2),), {})
     assert trace.nodes["x"]["infer"]["was_observed"]
     assert trace.nodes["x"]["value"].requires_grad
+
+
+# The papers' variants
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"relative_epsilon": 0.0},
+        {"value": "sharp", "gradient": "unrolled", "tolerance": 0.0, "max_iters": 20, "debias": "self"},
+        {"value": "rounded", "gradient": "unrolled", "tolerance": 0.0, "max_iters": 20},
+    ],
+    ids=["exact", "sharp", "rounded"],
+)
+def test_variants_give_the_gradient_of_their_value(options):
+    x = torch.randn(16, 2)
+    loss = Trace_DataSinkhorn(match_size=8, **options)
+    assert type(loss)(**loss.config()).config() == loss.config()
+
+    def at():
+        pyro.set_rng_seed(1)
+        return loss.differentiable_loss(scaled, nothing, x)
+
+    at()
+    parameter = pyro.param("scale")
+    (gradient,) = torch.autograd.grad(at(), parameter)
+    shifted = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            parameter[0] += sign * 1e-6
+            shifted.append(float(at()))
+            parameter[0] -= sign * 1e-6
+    assert (shifted[0] - shifted[1]) / 2e-6 == pytest.approx(float(gradient[0]), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"value": "sharp"}, "value='sharp' has no envelope gradient"),
+        ({"relative_epsilon": 0.0, "gradient": "unrolled"}, "no iterations to unroll"),
+        ({"value": "blunt"}, "blunt"),
+    ],
+)
+def test_variants_that_do_not_go_together(options, message):
+    with pytest.raises(ValueError, match=message):
+        Trace_DataSinkhorn(**options)

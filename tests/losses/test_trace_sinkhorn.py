@@ -573,7 +573,7 @@ def test_a_fresh_loss_has_seen_no_program():
     [
         ({"prior_weight": -1.0}, "prior_weight is -1.0: expected a number of at least 0"),
         ({"prior_weight": math.nan}, "prior_weight is nan"),
-        ({"relative_epsilon": 0.0}, "relative_epsilon is 0.0: expected a positive number"),
+        ({"relative_epsilon": -0.1}, "relative_epsilon is -0.1: expected a number of at least 0"),
         ({"match_size": 0}, "match_size is 0"),
         ({"num_prior_batches": 0}, "num_prior_batches is 0"),
         ({"groups": "both"}, "groups is 'both': expected 'joint' or 'marginal'"),
