@@ -195,6 +195,11 @@ def _check_shapes(where: str, site: Any, value: Tensor, data: Tensor, event_dim:
             f"{where}: the data have shape {tuple(data.shape)}, the simulated data {tuple(mine)}, with event shape "
             f"{tuple(site['fn'].event_shape)}: both must have the plates' sizes and then the event's"
         )
+    if particles and len(value) > 1 and value.stride(0) == 0:
+        raise ProgramError(
+            f"{where}: its {len(value)} vectorised particles are copies of one simulation, whose noise knows nothing of their "
+            "plate: draw it by pyro.sample inside the data plate, or leave out vectorize_particles"
+        )
     for plate in plates_of(site):
         axis = plate.dim - event_dim
         if plate.size > 1 and value.dim() >= -axis and value.stride(axis) == 0:

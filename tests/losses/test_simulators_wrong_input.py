@@ -102,6 +102,11 @@ def test_copies_of_one_draw():
         step(model_of(lambda s, x: s * torch.randn(2)), torch.randn(16, 2))
 
 
+def test_copies_of_one_particle():
+    with pytest.raises(ProgramError, match=r"'x': its 4 vectorised particles are copies of one simulation"):
+        step(good, torch.randn(16, 2), num_particles=4, vectorize_particles=True)
+
+
 def test_shapes_that_differ():
     with pytest.raises(
         ProgramError, match=r"'x': the data have shape \(16, 3\), the simulated data \(16, 2\)"
