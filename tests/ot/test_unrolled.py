@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from pyro_sinkhorn.ot import ConvergenceWarning, sinkhorn, sinkhorn_divergence
+from pyro_sinkhorn.ot import ConvergenceWarning, log_domain, sinkhorn, sinkhorn_divergence
 from pyro_sinkhorn.ot.log_domain import half_step
 from pyro_sinkhorn.ot.rounding import rounded
 
@@ -152,13 +152,14 @@ def test_points_of_weight_zero_get_no_gradient_and_make_no_nan(value, stop):
 
 
 @pytest.mark.parametrize("gradient", ["envelope", "unrolled"])
-def test_a_masked_density_that_overflows_makes_no_nan(gradient):
-    # Cold, the potential of the masked point at 10 is off by ten thousand epsilons.
+def test_a_masked_density_that_overflows_makes_no_nan(gradient, monkeypatch):
+    # After one cold iteration the potential of the masked point at 10 is off by ten thousand epsilons.
+    monkeypatch.setattr(log_domain, "epsilon_schedule", lambda *args: [])
     x = torch.tensor([[0.0], [0.1], [10.0]], dtype=D, requires_grad=True)
     y = torch.tensor([[0.0], [10.0]], dtype=D, requires_grad=True)
     a = torch.tensor([0.25, 0.75, 0.0], dtype=D, requires_grad=True)
     for value in VALUES if gradient == "unrolled" else ["entropic"]:
-        out = sinkhorn(x, y, 0.01, a, value=value, gradient=gradient, tolerance=0, max_iters=2)
+        out = sinkhorn(x, y, 0.01, a, value=value, gradient=gradient, tolerance=0, max_iters=1)
         assert out.value.isfinite()
         for grad in torch.autograd.grad(out.value, (x, y, a)):
             assert grad.isfinite().all()
