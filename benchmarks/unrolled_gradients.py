@@ -8,7 +8,8 @@ Two clouds of n points in d dimensions, uniform weights, squared Euclidean cost.
 cost:    for the unrolled gradient (which computes the matrix of a half-step again on the way back) and for the same
          iterations in plain autograd (which keeps them): bytes of all storages the graph keeps, the peak of what torch
          allocates during forward and backward, and their time as a multiple of the envelope gradient of the solver at
-         its defaults on the same clouds. Times are medians; the three are timed in turns.
+         its defaults on the same clouds. Times are medians of processor time; the three are timed
+         in turns.
 errors:  relative L2 error in the gradient of the points x of the unrolled value after exactly L iterations, against the
          converged gradient of the entropic value, and against the converged gradient of the sharp value. The entropic
          envelope gradient after L iterations is there too.
@@ -101,13 +102,13 @@ def gradient(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def seconds(runs: dict[str, Callable[[Tensor], Tensor]], x: Tensor, repeats: int) -> dict[str, float]:
-    """Median time of forward and backward of each, taken in turns."""
+    """Median processor time of forward and backward of each, taken in turns; one thread, so others do not count."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats + 1):
         for name, run in runs.items():
-            start = time.perf_counter()
+            start = time.process_time()
             gradient(run, x)
-            times[name].append(time.perf_counter() - start)
+            times[name].append(time.process_time() - start)
     return {name: median(values[1:]) for name, values in times.items()}  # the first warms up
 
 
