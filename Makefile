@@ -6,7 +6,8 @@ PYTHON ?= python3
 #   make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' constraints.txt)
 # benchmarks/<name>.py, run without arguments, writes benchmarks/results/<name>.json
-BENCHMARKS ?= no_shrinkage ot_accuracy digits globals_and_dependence svi_step_cost
+BENCHMARKS ?= no_shrinkage ot_accuracy digits globals_and_dependence svi_step_cost \
+	unrolled_gradients iris_ellipsoids simulator_recovery
 
 PY := $(VENV)/bin/python
 PACKAGING := pyproject.toml setup.py constraints.txt

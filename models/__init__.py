@@ -7,5 +7,28 @@ from pyro_sinkhorn.models.digits import (
     hypersphere,
     sphere_and_normal,
 )
+from pyro_sinkhorn.models.ellipsoids import ellipsoid_radii, ellipsoids, spread_points
+from pyro_sinkhorn.models.image_generator import image_generator, latent_grid
+from pyro_sinkhorn.models.simulators import (
+    g_and_k,
+    g_and_k_quantile,
+    lotka_volterra,
+    simulate_lotka_volterra,
+)
 
-__all__ = ["decoder_network", "dirichlet_archetypes", "gaussian", "hypersphere", "sphere_and_normal"]
+__all__ = [
+    "decoder_network",
+    "dirichlet_archetypes",
+    "ellipsoid_radii",
+    "ellipsoids",
+    "g_and_k",
+    "g_and_k_quantile",
+    "gaussian",
+    "hypersphere",
+    "image_generator",
+    "latent_grid",
+    "lotka_volterra",
+    "simulate_lotka_volterra",
+    "sphere_and_normal",
+    "spread_points",
+]

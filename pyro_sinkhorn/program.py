@@ -136,7 +136,8 @@ class SinkhornProgram:
 
         :param args: arguments of the model, arrays or tensors; those as long as the first one are cut into minibatches
         :param num_steps: optimiser steps
-        :param batch_size: data a step; None passes everything, as models that sub-sample by themselves need
+        :param batch_size: data a step, in shuffled epochs, or drawn with replacement for a loss that compares data; None
+            passes everything as it is, as models that sub-sample by themselves need
         :param lr: learning rate of the default optimiser, Adam: 1e-3 at first, then what it was
         :param optim: a Pyro optimiser instead, which starts afresh; schedulers are stepped every step
         :param seed: seed of the program's random stream; by default it continues, or at first follows torch's

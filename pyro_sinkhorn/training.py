@@ -90,6 +90,9 @@ class Minibatches:
     size at which clouds are matched.
 
     :param epoch: to continue with, and to advance; one over another number of data is begun anew
+
+    replace:  draw every datum of a batch anew from all, instead of in epochs. A loss that compares data wants it: its
+              simulated clouds are independent draws, and halves of few data that exhaust them are not
     """
 
     def __init__(
@@ -107,14 +110,18 @@ class Minibatches:
         if sizes and self.n == 0:
             shapes = [tuple(v.shape) for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
             raise ProgramError(f"the data are empty: arguments of shape {shapes}; fit needs at least 2 data")
+        self.everything = batch_size is None
         self.whole = batch_size is None or batch_size >= self.n
         self.batch_size = self.n if self.whole or batch_size is None else batch_size
+        self.replace = False
         self.epoch = Epoch() if epoch is None else epoch
         if self.epoch.n != self.n:
             self.epoch.n, self.epoch.order = self.n, Epoch().order
 
     def draw(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The next minibatch."""
+        if self.replace:
+            return self._pick(torch.randint(self.n, (self.batch_size,)))
         if self.whole:
             return self.args, self.kwargs
         order = self.epoch.order
@@ -125,8 +132,9 @@ class Minibatches:
 
     def at(self, index: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The data at these positions."""
-        if self.whole:
-            return self.args, self.kwargs
+        return (self.args, self.kwargs) if self.whole else self._pick(index)
+
+    def _pick(self, index: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (
             tuple(self._slice(value, index) for value in self.args),
             {name: self._slice(value, index) for name, value in self.kwargs.items()},
@@ -168,6 +176,16 @@ def data_scale(model: Callable[..., Any], batches: Minibatches) -> DataScale | N
         and not site["infer"].get("_deterministic")
     ]
     return DataScale(plates, batches.n / batches.batch_size) if outside else None
+
+
+def _may_replace(model: Callable[..., Any], batches: Minibatches) -> bool:
+    """Whether data can be drawn with replacement: rows of the arguments must be slices of a data plate."""
+    if not batches.whole:
+        return True  # which data_scale has checked
+    if not batches.n or batches.everything:
+        return False
+    _, structure = _look(model, batches, batches.n)
+    return any(plate.size == plate.full_size == batches.n for plate in structure.data_plates)
 
 
 def _minibatched(model: Callable[..., Any], batches: Minibatches, structure: Structure) -> set[str]:
@@ -255,6 +273,9 @@ class Trainer:
         self.loss, self.optim, self.batches, self.modules = loss, optim, batches, modules
         _wake(guide, batches)
         scale = data_scale(model, batches)
+        batches.replace = (
+            isinstance(loss, SinkhornLoss) and loss.replaces_data and _may_replace(model, batches)
+        )
         self.model = model if scale is None else scale(model)
         # Sinkhorn losses score no local site of the guide; others do, and need both sides at one scale.
         self.guide = guide if scale is None or isinstance(loss, SinkhornLoss) else copy.copy(scale)(guide)

@@ -11,10 +11,19 @@ from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from torch import nn
 
-from pyro_sinkhorn import optimiser
+from pyro_sinkhorn import Implicit, Trace_DataSinkhorn, Trace_Sinkhorn, optimiser
 from pyro_sinkhorn.errors import NonFiniteError, ProgramError
 from pyro_sinkhorn.losses.trace_sinkhorn import Terms
-from pyro_sinkhorn.training import DataScale, Epoch, History, Minibatches, as_tensor, data_scale, step
+from pyro_sinkhorn.training import (
+    DataScale,
+    Epoch,
+    History,
+    Minibatches,
+    Trainer,
+    as_tensor,
+    data_scale,
+    step,
+)
 
 # Data.
 
@@ -305,3 +314,35 @@ def test_moving_an_optimiser_moves_its_moments():
     states = [state for one in optim.optim_objs.values() for state in one.state.values()]
     assert states and all(state["exp_avg"].device.type == "meta" for state in states)
     assert all(state["step"].device.type == "cpu" for state in states)
+
+
+def test_data_are_drawn_with_replacement_where_they_are_compared():
+    """Also a batch that is all of them; but never along a dimension that is no data plate."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            scale = pyro.param("scale", torch.tensor(1.0))
+            pyro.sample("x", Implicit(scale * torch.randn(len(x))), obs=x)
+
+    def series(x):
+        with pyro.plate("data", x.shape[-1]):
+            scale = pyro.param("scale", torch.tensor(1.0))
+            pyro.sample("x", Implicit(scale * torch.randn(x.mT.shape), event_dim=1), obs=x.mT)
+
+    def drawn(model, x, batch_size, loss):
+        batches = Minibatches((x,), {}, batch_size)
+        pyro.clear_param_store()
+        Trainer(model, lambda x: None, loss, None, batches, [])
+        return batches.draw()[0][0]
+
+    x = torch.arange(64.0)
+    for batch_size in (32, 64, 100):
+        batch = drawn(model, x, batch_size, Trace_DataSinkhorn(match_size=8))
+        assert len(batch) == min(batch_size, 64)
+        assert len(batch.unique()) < len(
+            batch
+        )  # a bootstrap sample without a repetition has probability 1e-8
+    assert drawn(model, x, None, Trace_DataSinkhorn(match_size=8)) is x
+    assert drawn(model, x, 100, Trace_Sinkhorn()) is x
+    rows = torch.randn(8, 40)
+    assert drawn(series, rows, 100, Trace_DataSinkhorn(match_size=8)) is rows

@@ -44,10 +44,12 @@ class Terms:
 class SinkhornLoss(ELBO):
     """A loss between clouds: a subclass says what one pair of traces costs.
 
-    needs_guide:  whether a program without a guide is to be given ``AutoImplicit``
+    needs_guide:    whether a program without a guide is to be given ``AutoImplicit``
+    replaces_data:  whether ``fit`` draws minibatches with replacement
     """
 
     needs_guide = True
+    replaces_data = False
 
     def __init__(
         self,

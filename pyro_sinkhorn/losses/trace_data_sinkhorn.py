@@ -81,6 +81,9 @@ class Trace_DataSinkhorn(SinkhornLoss):
     :raises ProgramError: model, guide and data do not fit together, or the simulator passes no gradient; naming the site
     :raises NonFiniteError: at the first NaN or infinity, naming its source
 
+    Both clouds must be random in the same way. Simulated data are independent draws; so ``fit`` draws minibatches with
+    replacement, and a loop of one's own over few data should: halves that together exhaust the data are not independent.
+
     Observed values are compared in the embedding of their support (:mod:`pyro_sinkhorn.geometry`): give ``Implicit`` a
     ``support`` to have positive data compared by ratios. Counts and booleans are compared as numbers, classes as one-hot
     rows; such data carry no gradient, but :meth:`loss` can be minimised without one.
@@ -104,6 +107,7 @@ class Trace_DataSinkhorn(SinkhornLoss):
     """
 
     needs_guide = False
+    replaces_data = True
 
     def __init__(
         self,
