@@ -7,32 +7,18 @@ python benchmarks/render.py --check   # fail where the documents differ from the
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "concepts.md"]
+import render_simulators
+from _tables import ROOT, load, origin, table
 
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def load(name: str) -> dict[str, Any]:
-    """A result file."""
-    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def origin(result: dict[str, Any]) -> str:
-    """Machine and versions, under a table."""
-    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    return f"\n\n{result['machine']['in_words']}; {versions}; seeds {result['seeds']}; {result['date']}."
+DOCUMENTS = [
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "concepts", "simulators")),
+]
 
 
 def shrinkage(short: bool = False) -> str:
@@ -209,6 +195,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "joint": lambda: dependence("joint"),
     "marginal": lambda: dependence("marginal"),
     "step parts": step_parts,
+    **render_simulators.SECTIONS,
     "step ratio": lambda: f"{load('svi_step_cost')['table'][-1]['ratio_to_elbo']:.1f}",
 }
 
