@@ -149,6 +149,7 @@ def check_loss(program: Fitted, saved: dict[str, Any]) -> None:
     if type(program.loss).__name__ != name:
         raise ValueError(
             f"the program was saved with the loss {name}, not a {type(program.loss).__name__}: pass one as loss="
+            + "".join(f", with the same {argument}" for argument in described.get("own", ()))
         )
     for argument in described.get("own", ()):
         if not callable(program.loss.config()[argument]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -234,6 +235,11 @@ def step(
         try:
             value = loss.loss_and_grads(model, guide, *args, **kwargs)
             parameters = {name: site["value"].unconstrained() for name, site in capture.trace.nodes.items()}
+            if not parameters:
+                raise ProgramError(
+                    "neither model nor guide has a parameter to train: declare those of the model by pyro.param or "
+                    "pyro.module; a tensor that merely requires a gradient is unknown to Pyro"
+                )
             _check_finite(value, parameters)
             # A set would order parameters by address, and with them the optimiser's state.
             optim(list(dict.fromkeys(parameters.values())))
@@ -286,9 +292,10 @@ class Trainer:
 
         :raises NonFiniteError: naming the source; the state is that of the step before
         """
+        ours = isinstance(self.loss, SinkhornLoss)
         try:
-            with kept_on_error(self.modules):
-                if isinstance(self.loss, SinkhornLoss):
+            with kept_on_error(self.modules), self.loss.kept_on_error() if ours else nullcontext():
+                if ours:
                     self.loss.before_step(self.model, self.guide, self.batches.draw)
                 args, kwargs = self.batches.draw()
                 value = step(self.loss, self.model, self.guide, self.optim, args, kwargs)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from pyro_sinkhorn.errors import ProgramError, checked_integer
 from pyro_sinkhorn.losses.base import SinkhornLoss
-from pyro_sinkhorn.losses.covariates import covariate_names
 from pyro_sinkhorn.losses.latent_match import Call, GroupMatch
 from pyro_sinkhorn.losses.matching import MatchOptions
 from pyro_sinkhorn.losses.scoring import (
@@ -175,19 +174,20 @@ def _report_of_data(
 ) -> MatchReport:
     """Simulated data against data, and against themselves."""
     data_match = loss.data_match
+    for network in loss.modules().values():
+        network.eval()
     matches, floors = [], []
     for _ in range(num_floor):
         call = loss.simulation(model, guide, args, kwargs)
         matches.append(data_match(call))
         floors.append(data_match.floor(call))
-    names = [name for group in call.groups for name in covariate_names(data_match.covariates, call, group)]
     n_data = number_of_data(call.observed, call.structure)
     return MatchReport(
         reconstruction=None,
         groups=_compared(matches, floors, lambda name: None, one_sample=True),
         n_data=n_data,
         match_size=_size(data_match.options, call.groups),
-        covariates=tuple(dict.fromkeys(names)),
+        covariates=data_match.covariate_names(call),
     )
 
 

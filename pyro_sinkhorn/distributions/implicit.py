@@ -108,7 +108,8 @@ class Implicit(TorchDistribution):
             f"{tuple(self.batch_shape)}, event_shape {tuple(self.event_shape)}). Implicit wraps the output "
             "of a network or simulator that can only be sampled. pyro.infer.Trace_ELBO, and whatever else "
             "scores a trace, needs a density at each site. Either compare samples instead, with "
-            "loss=pyro_sinkhorn.Trace_Sinkhorn(), or give this site a distribution that has a density"
+            "loss=pyro_sinkhorn.Trace_Sinkhorn() for a latent and Trace_DataSinkhorn() for an observed site, or give this "
+            "site a distribution that has a density"
         )
 
     @property

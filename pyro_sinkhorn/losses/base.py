@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -102,6 +104,17 @@ class SinkhornLoss(ELBO):
 
     def to(self, device: torch.device) -> None:
         """Move what belongs to the loss; estimates follow the data by themselves."""
+
+    @contextmanager
+    def kept_on_error(self) -> Iterator[None]:
+        """What belongs to the loss is as before a step if an error leaves it."""
+        yield
+
+    def __repr__(self) -> str:
+        """The arguments that differ from the defaults."""
+        defaults = {name: p.default for name, p in inspect.signature(type(self)).parameters.items()}
+        said = [f"{name}={value!r}" for name, value in self.config().items() if value != defaults.get(name)]
+        return f"{type(self).__name__}({', '.join(said)})"
 
     def before_step(self, model: Any, guide: Any, draw: Callable[[], Batch]) -> None:
         """Called by ``fit`` before every step.

@@ -1,7 +1,9 @@
 """Covariates of a conditional simulator: what was given, beside what was observed.
 
-Comparing the outputs of a simulator alone says nothing of which input made them. Where a program is given covariates,
-they are appended to both clouds, so that transport has to respect the pairs.
+Comparing the outputs of a simulator alone says nothing of which input made them. Covariates are appended to both clouds,
+so that transport has to respect the pairs. Which argument of a program is one cannot be known for certain: one from
+which the *data* are computed (by a logarithm, say) must not be, or every simulated datum would carry the observed one
+with it, and the noise would be fitted away. So nothing is appended unasked.
 """
 
 from __future__ import annotations
@@ -19,84 +21,74 @@ from pyro_sinkhorn.losses.simulation import Simulation
 from pyro_sinkhorn.runs import subsamples
 from pyro_sinkhorn.structure import Group, Plate
 
-#: ``"auto"``: floating arguments as long as the data plate that were not observed; a function of the model's arguments.
-Covariates = Literal["auto"] | Callable[..., Tensor] | None
+#: ``"warn"``: none, but say so where an argument looks like one. ``"auto"``: those. A function of the model's arguments.
+Covariates = Literal["warn", "auto"] | Callable[..., Tensor] | None
 
 
-def covariate_rows(given: Covariates, call: Simulation, group: Group, warned: set[str]) -> Tensor | None:
-    """Covariates of every slice of a group, ``(n, c)``, or None where there are none.
+def covariates_of(
+    given: Covariates, call: Simulation, group: Group, warned: set[str]
+) -> list[tuple[str, Tensor]]:
+    """Covariates of a group with what to call them, each ``(n, c)``, floating.
 
-    :param warned: arguments that were already warned of
+    :param warned: what was already said
     :raises ProgramError: a function returned something else than one row a slice
+    :raises NonFiniteError: a covariate is NaN or infinite
     """
-    if given is None:
-        return None
-    indices = subsamples(call.simulated)
-    if callable(given):
-        value = given(*call.args, **call.kwargs)
-        laid_out = _rows(value, group.plates, indices) if isinstance(value, Tensor) else None
-        if laid_out is None:
-            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            sizes = tuple(plate.size for plate in group.plates)
-            raise ProgramError(
-                f"the covariates function returned {got} for observed sites ({group.name}): expected a tensor of shape "
-                f"{sizes[:1]} and then columns, one row for each slice of plate {group.plates[0].name!r}"
-            )
-        found = {"the covariates": (value, laid_out)}
-    else:
-        found = {
-            path: (value, laid_out)
-            for path, value in _candidates(call, group)
-            if (laid_out := _rows(value, group.plates, indices)) is not None
-        }
-    columns = []
-    for path, (value, laid_out) in found.items():
-        if callable(given) or value.is_floating_point():
-            if not bool(laid_out.isfinite().all()):
-                raise NonFiniteError(
-                    f"{path}, covariates of observed sites ({group.name}), are NaN or infinite"
-                )
-            columns.append(laid_out)
-        elif path not in warned:
-            warned.add(path)
+    if given is None or (given == "warn" and f"covariates of {group.name}" in warned):
+        return []
+    found = _given(given, call, group) if callable(given) else _candidates(call, group)
+    if given == "warn":
+        warned.add(f"covariates of {group.name}")
+        if found:
+            said = " and ".join(f"{name} {tuple(rows.shape)}" for name, rows in found)
             warnings.warn(
-                f"{path} ({value.dtype}, shape {tuple(value.shape)}) is as long as the data plate, but is not floating, "
-                "so it was not taken for a covariate. Say what is one with covariates=lambda *args: ..., one-hot for "
-                "classes, or covariates=None",
+                f"observed sites ({group.name}): {said}, as long as plate {group.plates[0].name!r}, was not observed as it is. "
+                "If the simulator depends on it, have it compared with the data by covariates='auto' or "
+                "covariates=lambda *args: ... in the loss; if not, or if the data are computed from it, say "
+                "covariates=None",
                 UserWarning,
                 stacklevel=2,
             )
-    return torch.cat([c.to(columns[0]) for c in columns], -1) if columns else None
+        return []
+    for name, rows in found:
+        if not bool(rows.isfinite().all()):
+            raise NonFiniteError(f"{name}, a covariate of observed sites ({group.name}), is NaN or infinite")
+    return found
 
 
-def covariate_names(given: Covariates, call: Simulation, group: Group) -> list[str]:
-    """How to call the covariates of a group in a report."""
-    if given is None or callable(given):
-        return [] if given is None else ["covariates function"]
-    indices = subsamples(call.simulated)
+def _given(given: Callable[..., Tensor], call: Simulation, group: Group) -> list[tuple[str, Tensor]]:
+    value = given(*call.args, **call.kwargs)
+    rows = _rows(value, group.plates, subsamples(call.simulated)) if isinstance(value, Tensor) else None
+    if rows is None:
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ProgramError(
+            f"the covariates function returned {got} for observed sites ({group.name}): expected a tensor of shape "
+            f"({group.plates[0].size},) and then columns, one row for each slice of plate {group.plates[0].name!r}"
+        )
     return [
-        path
-        for path, value in _candidates(call, group)
-        if value.is_floating_point() and _rows(value, group.plates, indices) is not None
+        ("the covariates function", rows if rows.is_floating_point() else rows.to(torch.get_default_dtype()))
     ]
 
 
 def _candidates(call: Simulation, group: Group) -> list[tuple[str, Tensor]]:
-    """Arguments that hold no observed data, with the words for them; booleans are mostly masks."""
+    """Floating arguments as long as the outermost plate that hold no observed data."""
     indices = subsamples(call.simulated)
     observed = [call.observed.nodes[name]["value"] for name in call.structure.data]
-    return [
-        (spoken(path), value)
-        for path, value in tensors_of(call.args, call.kwargs)
-        if value.dim()
-        and value.dtype != torch.bool
-        and not any(_is_source(value, data, group.plates, indices) for data in observed)
-    ]
+    found = []
+    for path, value in tensors_of(call.args, call.kwargs):
+        if not value.dim() or not value.is_floating_point():
+            continue
+        if any(_is_source(value, data, group.plates, indices) for data in observed):
+            continue
+        rows = _rows(value, group.plates, indices)
+        if rows is not None:
+            found.append((spoken(path), rows))
+    return found
 
 
 def _is_source(value: Tensor, data: Tensor, plates: tuple[Plate, ...], indices: dict[str, Tensor]) -> bool:
-    """Whether the data are this argument: itself, a reshape, a cast, or a sub-sample of it."""
-    if value.data_ptr() == data.data_ptr():
+    """Whether the data are this argument or a part of it: itself, a view, a cast, or a sub-sample."""
+    if value.untyped_storage().data_ptr() == data.untyped_storage().data_ptr():
         return True
     for axis in range(value.dim()):
         for plate in plates:

@@ -11,11 +11,12 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from pyro_sinkhorn.errors import ProgramError
 from pyro_sinkhorn.geometry.base import Geometry
 from pyro_sinkhorn.geometry.elementwise import Real
 from pyro_sinkhorn.geometry.registry import geometry_of
 from pyro_sinkhorn.losses.clouds import Cloud, embedded, make_cloud, slices
-from pyro_sinkhorn.losses.covariates import Covariates, covariate_rows
+from pyro_sinkhorn.losses.covariates import Covariates, covariates_of
 from pyro_sinkhorn.losses.latent_match import GroupMatch
 from pyro_sinkhorn.losses.learned_cost import LearnedCost
 from pyro_sinkhorn.losses.matching import MatchOptions, MatchState, gather, match
@@ -64,7 +65,7 @@ class DataMatch:
     :param covariates: what is appended to both clouds
     """
 
-    def __init__(self, options: MatchOptions, scale: Scale = "site", covariates: Covariates = "auto") -> None:
+    def __init__(self, options: MatchOptions, scale: Scale = "site", covariates: Covariates = "warn") -> None:
         self.options = options
         self.scale: Scale = scale
         self.covariates: Covariates = covariates
@@ -86,19 +87,32 @@ class DataMatch:
         """The same statistic between independent simulations: its spread is the noise of the match."""
         return self._compare(call, call.again(), call.again())
 
+    def covariate_names(self, call: Simulation) -> tuple[str, ...]:
+        """What is appended to the clouds of a call, in words."""
+        names = [
+            name
+            for group in call.groups
+            for name, _ in covariates_of(self.covariates, call, group, self.warned)
+        ]
+        return tuple(dict.fromkeys(names))
+
     def _compare(self, call: Simulation, left: Trace, right: Trace) -> list[GroupMatch]:
+        if isinstance(self.options.cost, LearnedCost) and len(call.groups) > 1:
+            raise ProgramError(
+                f"a LearnedCost has one network, but the observed sites {[group.name for group in call.groups]} are in "
+                "different plates and are compared apart: observe them in one plate, or take a fixed cost"
+            )
         return [self._compare_group(call, left, right, *found) for found in _carrying(call.groups)]
 
     def _compare_group(
         self, call: Simulation, left: Trace, right: Trace, group: Group, carried: tuple[str, ...]
     ) -> GroupMatch:
         weights, n_data = slices(call.observed, group)
-        if n_data == 0:  # a batch that is masked out
-            return GroupMatch(group.name, torch.zeros(()), 0.0)
+        if n_data == 0 or (bool((weights == 0).any()) and int((weights > 0).sum()) < 2):
+            # Masked out, or all but one, which no half can be made of.
+            return GroupMatch(group.name, torch.zeros(()), n_data)
         self._estimate_units(call, group, carried, weights)
-        beside = covariate_rows(self.covariates, call, group, self.warned)
-        if beside is not None:
-            beside = self._scaled(beside, call, group, carried, weights)
+        beside = self._beside(call, group, carried, weights)
         options, cost = self.options, self.options.cost
 
         def cloud(trace: Trace) -> Cloud:
@@ -120,7 +134,12 @@ class DataMatch:
                 self.state.mean_costs[group.name] = mean_cost_within(cost, reference.points)
             mean = self.state.mean_costs[group.name].to(x.points)
         paired = beside is not None or x.weights is not None
-        label = f"observed data ({group.name})"
+        inner = (
+            f", whose units are the slices of plate {group.plates[0].name!r},"
+            if len(group.plates) > 1
+            else ""
+        )
+        label = f"observed data ({group.name}){inner}"
         value = match(x, y, mean, options, group=label, paired=paired, warned=self.warned)
         return GroupMatch(group.name, value.mean(), n_data)
 
@@ -151,10 +170,14 @@ class DataMatch:
             self.state.units[name] = torch.where(unit > 0, unit, torch.ones_like(unit))
 
     @torch.no_grad()
-    def _scaled(
-        self, beside: Tensor, call: Simulation, group: Group, carried: tuple[str, ...], weights: Tensor
-    ) -> Tensor:
-        """Covariates in a unit that spreads them as far as the data."""
+    def _beside(
+        self, call: Simulation, group: Group, carried: tuple[str, ...], weights: Tensor
+    ) -> Tensor | None:
+        """Covariates, in a unit that spreads them as far as the data."""
+        found = covariates_of(self.covariates, call, group, self.warned)
+        if not found:
+            return None
+        beside = torch.cat([rows.to(found[0][1]) for _, rows in found], -1)
         key = f"covariates of {group.name}"
         if key not in self.state.units:
             points = self._points(call.observed, group, carried).flatten(0, 1)

@@ -80,6 +80,11 @@ class LearnedCost:
             )
         if not any(parameter.requires_grad for parameter in network.parameters()):
             raise ProgramError("the network of a LearnedCost has no parameters that require a gradient")
+        if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in network.modules()):
+            raise ProgramError(
+                "the network of a LearnedCost has BatchNorm: it would bring both clouds to one location and scale before they "
+                "are compared. Use LayerNorm or GroupNorm"
+            )
         if constraint not in ("spectral", "clip", None):
             raise ProgramError(f"constraint is {constraint!r}: expected 'spectral', 'clip' or None")
         if power not in (1, 2):
@@ -91,6 +96,11 @@ class LearnedCost:
         self.constraint: Constraint = constraint
         self.bound = {"spectral": 1.0, "clip": 0.01, None: math.inf}[constraint] if bound is None else bound
         self.power = power
+        if not callable(optim):
+            raise ProgramError(
+                f"optim is a {type(optim).__name__}: expected a function of parameters that makes an optimiser, such as "
+                "functools.partial(torch.optim.Adam, lr=1e-3)"
+            )
         self.make_optim = optim
         self.optim = optim([p for p in network.parameters() if p.requires_grad])
         self._vectors: dict[str, Tensor] = {}
@@ -117,12 +127,18 @@ class LearnedCost:
         try:
             features = self.network(rows)
         except RuntimeError as error:
-            if "shape" not in str(error) and "size" not in str(error):
+            if not any(
+                word in str(error) for word in ("shapes", "size of tensor", "Expected", "expected input")
+            ):
                 raise
             raise ProgramError(
                 f"the network of the cost does not take rows of shape {tuple(rows.shape)}, the columns of the observed "
                 f"sites and their covariates: {str(error).splitlines()[0]}"
             ) from error
+        if not isinstance(features, Tensor):
+            raise ProgramError(
+                f"the network of the cost returned a {type(features).__name__}: expected a tensor of features"
+            )
         if features.dim() != 2 or len(features) != len(rows):
             raise ProgramError(
                 f"the network of the cost was given rows of shape {tuple(rows.shape)} and returned "

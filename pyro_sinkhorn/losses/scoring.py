@@ -62,7 +62,7 @@ def check_supports(model: Trace, structure: Structure) -> None:
     for name in structure.locals:
         site = model.nodes[name]
         value, support = site["value"], site["fn"].support
-        inside = support.check(_renormalised(value.detach(), support))
+        inside = support.check(renormalised(value.detach(), support))
         if not bool(inside.all()):
             raise ProgramError(
                 f"latent site {name!r}: {int((~inside).sum())} of {inside.numel()} guide values of shape "
@@ -222,7 +222,7 @@ def _unscored(name: str, site: Site, owner: str, error: Exception) -> str:
     )
 
 
-def _renormalised(value: Tensor, support: Any) -> Tensor:
+def renormalised(value: Tensor, support: Any) -> Tensor:
     """Forgive float32 rounding, which the tolerances of 1e-6 of the simplex and the sphere do not."""
     constraint = support
     while hasattr(constraint, "base_constraint"):

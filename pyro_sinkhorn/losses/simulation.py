@@ -21,6 +21,9 @@ from torch import Tensor
 from pyro_sinkhorn.distributions.implicit import Implicit
 from pyro_sinkhorn.errors import NonFiniteError, ProgramError
 from pyro_sinkhorn.explain import bad_rows, explained
+from pyro_sinkhorn.geometry.elementwise import HalfLine
+from pyro_sinkhorn.geometry.registry import base_support, geometry_of
+from pyro_sinkhorn.losses.scoring import renormalised
 from pyro_sinkhorn.runs import run_model, subsamples
 from pyro_sinkhorn.structure import (
     PARTICLE_PLATE,
@@ -113,10 +116,10 @@ def check_gradient(call: Simulation) -> None:
         for n, s in sample_sites(call.simulated)
         if n in call.structure.locals and not getattr(s["fn"], "has_rsample", False)
     ]
-    if not learned:
-        reason = "the program has nothing to learn: no pyro.param or pyro.module was met in its run"
-    elif not getattr(site["fn"], "has_rsample", False):
+    if not getattr(site["fn"], "has_rsample", False):
         reason = f"a {kind} is sampled without reparametrisation (has_rsample is False)"
+    elif not learned and not call.structure.globals:
+        reason = "the program has nothing to learn: no pyro.param or pyro.module was met in its run"
     elif isinstance(fn, Implicit):
         reason = f"the tensor given to Implicit does not depend, for autograd, on the parameters {learned}"
     else:
@@ -183,8 +186,32 @@ def _check_data(name: str, simulated: Trace, observed: Trace) -> None:
         )
     if not bool(data.isfinite().all()):
         raise NonFiniteError(f"{where}: {bad_rows(data)} of the data; remove or replace them")
+    _check_support(where, site, data)
     if not bool(value.isfinite().all()):
         raise NonFiniteError(f"{where}: {bad_rows(value)} of the simulated data{_not_finite(simulated)}")
+
+
+def _check_support(where: str, site: Any, data: Tensor) -> None:
+    """Data must be what the site could be: the geometry of its support would otherwise make something of them."""
+    fn, support = site["fn"], site["fn"].support
+    if site["mask"] is not None:
+        return  # what is masked out may be anything
+    inside = support.check(renormalised(data, support))
+    if not bool(inside.all()):
+        raise ProgramError(
+            f"{where}: {int((~inside).sum())} of {inside.numel()} data lie outside the support {support} of its "
+            f"{type(innermost(fn)).__name__}: transform them, or write Implicit without a support to have them compared "
+            "as numbers"
+        )
+    lower = getattr(base_support(fn), "lower_bound", None)
+    if lower is None or getattr(support, "is_discrete", False) or not isinstance(geometry_of(fn), HalfLine):
+        return
+    at_bound = int(torch.as_tensor(data == lower).sum())
+    if at_bound:
+        raise ProgramError(
+            f"{where}: {at_bound} numbers lie on the bound of the support {support}, whose data are compared by the "
+            "logarithm of their distance to it: write Implicit without a support to have them compared as numbers"
+        )
 
 
 def _check_shapes(where: str, site: Any, value: Tensor, data: Tensor, event_dim: int) -> None:

@@ -2,8 +2,10 @@ r"""Optimal transport between simulated and observed data, as a loss for :class:
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from pyro_sinkhorn.losses.simulation import Simulation, check_gradient, run_simu
 from pyro_sinkhorn.ot.checks import Gradient, Value
 from pyro_sinkhorn.ot.cost import Cost
 from pyro_sinkhorn.ot.divergence import Debias
+from pyro_sinkhorn.runs import preserved_buffers
 from pyro_sinkhorn.structure import sample_sites
 
 
@@ -67,8 +70,10 @@ class Trace_DataSinkhorn(SinkhornLoss):
         distances within a site as they are. ``"column"``: the standard deviation of every column, for summary statistics
         or species in units of their own. None: as they come
     :param covariates: what a conditional simulator was given, appended to both clouds in a unit that spreads it as far as
-        the data. ``"auto"``: floating arguments of the model that are as long as the data plate and were not observed. A
-        function of the model's arguments that returns one row a datum; None for nothing
+        the data. A function of the model's arguments that returns one row a slice of the outermost data plate; ``"auto"``:
+        floating arguments as long as that plate, but those that were observed as they are; None for nothing. ``"warn"``
+        (default) appends nothing and says once where ``"auto"`` would: it cannot know an argument that the data are
+        computed from, which must not be appended
     :param debias: ``"independent"`` (unbiased on minibatches), ``"self"`` (fits a law narrower than the data's) or None
     :param tolerance: marginal error at which the solver stops; 1e-2 leaves gradients within about 1%
     :param max_iters: iterations of the solver at most
@@ -116,7 +121,7 @@ class Trace_DataSinkhorn(SinkhornLoss):
         match_size: int = 128,
         cost: Cost | LearnedCost = "sqeuclidean",
         scale: Scale = "site",
-        covariates: Covariates = "auto",
+        covariates: Covariates = "warn",
         debias: Debias = "independent",
         tolerance: float = 1e-2,
         max_iters: int = 500,
@@ -132,10 +137,12 @@ class Trace_DataSinkhorn(SinkhornLoss):
             raise ValueError(f"weight is {weight}: expected a positive number")
         if scale not in ("site", "column", None):
             raise ValueError(f"scale is {scale!r}: expected 'site', 'column' or None")
-        if not (covariates in ("auto", None) or callable(covariates)):
+        if not (covariates in ("warn", "auto", None) or callable(covariates)):
             raise ValueError(
-                f"covariates is {covariates!r}: expected 'auto', None or a function of the model's arguments"
+                f"covariates is {covariates!r}: expected 'warn', 'auto', None or a function of the model's arguments"
             )
+        if isinstance(cost, (nn.Module, type)):
+            raise ValueError(f"cost is {cost!r}: for a network that learns, pass cost=LearnedCost(network)")
         super().__init__(num_particles, vectorize_particles, max_plate_nesting, retain_graph)
         self.weight = weight
         options = MatchOptions(
@@ -194,7 +201,7 @@ class Trace_DataSinkhorn(SinkhornLoss):
         if self.learned_cost is None:
             raise ValueError("the cost of this loss does not learn: make it with cost=LearnedCost(network)")
         with poutine.block():  # nothing of this belongs to an SVI step around it
-            with torch.no_grad():
+            with torch.no_grad(), preserved_buffers():
                 calls = [
                     self._simulation(model, simulated, guide_trace, args, kwargs)
                     for simulated, guide_trace in self._get_traces(model, guide, args, kwargs)
@@ -202,7 +209,8 @@ class Trace_DataSinkhorn(SinkhornLoss):
             with torch.enable_grad():
                 values = [_total(self.data_match(call)) for call in calls]
                 value = torch.stack(values).mean()
-                self.learned_cost.ascend(value)
+                if value.requires_grad:  # else the batch is masked out
+                    self.learned_cost.ascend(value)
         return torch_item(value)
 
     def before_step(self, model: Any, guide: Any, draw: Callable[[], Batch]) -> None:
@@ -211,6 +219,19 @@ class Trace_DataSinkhorn(SinkhornLoss):
             for _ in range(self.learned_cost.num_steps):
                 args, kwargs = draw()
                 self.cost_step(model, guide, *args, **kwargs)
+
+    @contextmanager
+    def kept_on_error(self) -> Iterator[None]:
+        """A learned cost goes back to what it was if an error leaves."""
+        if self.learned_cost is None:
+            yield
+            return
+        before = copy.deepcopy(self.learned_cost.state())
+        try:
+            yield
+        except BaseException:
+            self.learned_cost.load_state(before)
+            raise
 
     def simulation(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Simulation:
         """Simulate once, beside the data; what a report compares."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from pyro_sinkhorn.errors import NonFiniteError, ProgramError
 from pyro_sinkhorn.losses.base import SinkhornLoss, Terms
 from pyro_sinkhorn.losses.latent_match import Call, LatentMatch
+from pyro_sinkhorn.losses.learned_cost import LearnedCost
 from pyro_sinkhorn.losses.matching import MatchOptions
 from pyro_sinkhorn.losses.scoring import (
     blame,
@@ -108,6 +109,10 @@ class Trace_Sinkhorn(SinkhornLoss):
             raise ValueError(f"num_prior_batches is {num_prior_batches}: expected at least 1")
         if groups not in ("joint", "marginal"):
             raise ValueError(f"groups is {groups!r}: expected 'joint' or 'marginal'")
+        if isinstance(cost, LearnedCost):
+            raise ValueError(
+                "a LearnedCost is trained by Trace_DataSinkhorn alone: give Trace_Sinkhorn a fixed cost"
+            )
         super().__init__(num_particles, vectorize_particles, max_plate_nesting, retain_graph)
         self.prior_weight = prior_weight
         options = MatchOptions(

@@ -7,7 +7,7 @@ from pyro.infer import SVI
 from pyro.optim import Adam
 from torch import nn
 
-from pyro_sinkhorn import Implicit, SinkhornProgram, Trace_DataSinkhorn
+from pyro_sinkhorn import Implicit, SinkhornProgram, Trace_DataSinkhorn, Trace_Sinkhorn
 from pyro_sinkhorn.errors import NonFiniteError, ProgramError
 from pyro_sinkhorn.losses import LearnedCost
 from pyro_sinkhorn.ot import sinkhorn
@@ -61,9 +61,6 @@ def test_particles_are_rows_to_the_network():
 def test_the_bound_holds_after_every_step(constraint, bound):
     net = nn.Sequential(nn.Conv1d(1, 4, 2), nn.Flatten(), nn.Linear(4, 8))
 
-    def rows(x):
-        return x[:, None, :]
-
     wrapped = nn.Sequential(Reshape(), net)
     cost = LearnedCost(
         wrapped, constraint=constraint, bound=bound, optim=lambda p: torch.optim.SGD(p, lr=0.3)
@@ -78,7 +75,6 @@ def test_the_bound_holds_after_every_step(constraint, bound):
             assert max(norms) <= bound * 1.05  # the power iteration follows weights that move
     if constraint is None:
         assert weights(net).norm() > before.norm()
-    assert rows(torch.zeros(1, 2)).shape == (1, 1, 2)
 
 
 class Reshape(nn.Module):
@@ -99,6 +95,9 @@ def test_a_step_goes_up():
     ("make", "message"),
     [
         (lambda: LearnedCost(lambda x: x), "is a function: expected an nn.Module"),
+        (lambda: LearnedCost(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))), "has BatchNorm.*LayerNorm"),
+        (lambda: LearnedCost(nn.Linear(2, 2), optim=torch.optim.SGD([torch.ones(1)], 0.1)), "optim is a SGD"),
+        (lambda: LearnedCost(nn.GRU(2, 2)).features(torch.zeros(4, 2)), "returned a tuple"),
         (lambda: LearnedCost(nn.ReLU()), "no parameters that require a gradient"),
         (lambda: LearnedCost(nn.Linear(2, 2), constraint="wgan"), "constraint is 'wgan'"),
         (lambda: LearnedCost(nn.Linear(2, 2), power=3), "power is 3: expected 1 or 2"),
@@ -157,6 +156,7 @@ def test_each_step_moves_its_own_player():
     critic = weights(net)
     svi.step(x)
     assert torch.equal(weights(net), critic)
+    assert all(p.grad is None or not p.grad.any() for p in net.parameters())
     assert not torch.equal(pyro.param("scale"), scale)
     assert all(p.requires_grad for p in net.parameters())
 
@@ -262,9 +262,91 @@ def test_covariates_reach_the_network():
         with pyro.plate("data", len(x)):
             pyro.sample("x", Implicit(pyro.param("b", torch.tensor(1.0)) * t + torch.randn(len(x))), obs=x)
 
-    loss = loss_with(LearnedCost(nn.Linear(2, 3)))
+    loss = loss_with(LearnedCost(nn.Linear(2, 3)), covariates="auto")
     assert isinstance(loss.cost_step(conditional, nothing, torch.randn(32), torch.randn(32)), float)
     with pytest.raises(ProgramError, match=r"does not take rows of shape \(32, 2\)"):
-        loss_with(LearnedCost(nn.Linear(1, 3))).cost_step(
+        loss_with(LearnedCost(nn.Linear(1, 3)), covariates="auto").cost_step(
             conditional, nothing, torch.randn(32), torch.randn(32)
+        )
+
+
+def test_every_step_has_a_minibatch_of_its_own():
+    drawn = []
+
+    def draw():
+        drawn.append(torch.randn(32, 2))
+        return (drawn[-1],), {}
+
+    loss = loss_with(LearnedCost(network(), num_steps=3))
+    loss.before_step(model, nothing, draw)
+    assert len(drawn) == 3
+
+
+def test_a_masked_batch_teaches_nothing():
+    def masked(x, mask):
+        with pyro.plate("data", len(x)), pyro.poutine.mask(mask=mask):
+            pyro.sample("x", Implicit(pyro.param("s", torch.tensor(1.0)) * torch.randn(len(x), 2), 1), obs=x)
+
+    net = network()
+    before = weights(net)
+    loss = loss_with(LearnedCost(net))
+    assert loss.cost_step(masked, nothing, torch.randn(32, 2), torch.zeros(32, dtype=torch.bool)) == 0
+    assert torch.equal(weights(net), before)
+
+
+def test_a_step_of_the_cost_leaves_the_simulator_alone():
+    norm = nn.BatchNorm1d(2)
+
+    def normed(x):
+        pyro.module("norm", norm)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", Implicit(norm(torch.randn(len(x), 2)), event_dim=1), obs=x)
+
+    loss = loss_with(LearnedCost(network()))
+    with pyro.poutine.trace(param_only=True) as outside:
+        loss.cost_step(normed, nothing, torch.randn(32, 2))
+    assert norm.num_batches_tracked == 0
+    assert not [name for name, site in outside.trace.nodes.items() if site["type"] == "param"]
+
+
+def test_an_error_leaves_the_cost_as_it_was():
+    calls = []
+
+    def failing(x):
+        calls.append(1)
+        scale = pyro.param("scale", torch.ones(2))
+        with pyro.plate("data", len(x)):
+            simulated = scale * torch.randn(len(x), 2)
+            pyro.sample("x", Implicit(simulated * (torch.nan if len(calls) > 20 else 1), event_dim=1), obs=x)
+
+    program = SinkhornProgram(failing, loss=loss_with(LearnedCost(network(), num_steps=2)))
+    cost, seen = program.loss.learned_cost, []
+
+    def train():
+        while True:
+            seen.append(weights(cost.network))
+            program.fit(torch.randn(64, 2), num_steps=1, batch_size=32, progress=False)
+
+    with pytest.raises(NonFiniteError, match="of the simulated data"):
+        train()
+    assert torch.equal(weights(cost.network), seen[-1])
+    assert not torch.equal(seen[-1], seen[-2])
+
+
+def test_what_a_learned_cost_is_not_for():
+    with pytest.raises(ValueError, match="trained by Trace_DataSinkhorn alone"):
+        Trace_Sinkhorn(cost=LearnedCost(network()))
+
+    def nested(a, b):
+        n, m = b.shape
+        with pyro.plate("outer", n, dim=-2):
+            pyro.sample("a", Implicit(pyro.param("s", torch.tensor(1.0)) * torch.randn(n, 1)), obs=a)
+            with pyro.plate("inner", m, dim=-1):
+                pyro.sample("b", Implicit(torch.randn(n, m)), obs=b)
+
+    with pytest.raises(
+        ProgramError, match=r"one network, but the observed sites \['a', 'b'\] are in different plates"
+    ):
+        loss_with(LearnedCost(nn.Linear(1, 2))).cost_step(
+            nested, nothing, torch.randn(8, 1), torch.randn(8, 3)
         )

@@ -44,7 +44,7 @@ def fit(model, *args, num_steps, lr=0.05, batch_size=128, guide=None, **options)
 
 def compared(model, *args, guide=nothing, **options):
     """The simulation of one call, and the loss that compared it."""
-    loss = Trace_DataSinkhorn(match_size=8, **options)
+    loss = Trace_DataSinkhorn(match_size=8, **({"covariates": None} | options))
     call = loss.simulation(model, guide, args, {})
     loss.data_match(call)
     return call, loss
@@ -108,7 +108,7 @@ def test_observed_sites_are_compared_jointly():
 def conditional(t, y):
     slope = pyro.param("slope", torch.tensor(-0.5))
     with pyro.plate("data", len(y)):
-        pyro.sample("y", Implicit(slope * t + 0.3 * torch.randn(len(y))), obs=y)
+        pyro.sample("y", Implicit(slope * t / 1000 + 0.3 * torch.randn(len(y))), obs=y)
 
 
 @pytest.mark.parametrize(("covariates", "slope"), [("auto", 1.0), (lambda t, y: t, 1.0), (None, -1.0)])
@@ -117,7 +117,7 @@ def test_covariates_are_appended(covariates, slope):
     t = torch.randn(2000)
     found = fit(
         conditional,
-        t,
+        1000 * t,  # in a unit of its own, which must not matter
         t + 0.3 * torch.randn(2000),
         num_steps=300,
         covariates=covariates,
@@ -265,7 +265,7 @@ def test_a_sub_sampled_plate_stands_for_all_data():
             simulated = pyro.param("scale", torch.tensor(1.0)) * torch.randn(20)
             pyro.sample("x", Implicit(simulated + t[index]), obs=x[index])
 
-    call, loss = compared(model, t, full)
+    call, loss = compared(model, t, full, covariates="auto")
     index = call.simulated.nodes["data"]["value"]
     assert torch.equal(call.observed.nodes["x"]["value"], full[index])
     loss.loss(model, nothing, t, full)
@@ -282,6 +282,7 @@ def test_masked_data_do_not_count():
     x[20:] = 1e6
     mask = torch.arange(32) < 20
     loss = Trace_DataSinkhorn(match_size=10)
+    assert loss.loss(model, nothing, x, torch.arange(32) < 1) == 0  # one datum cannot be split
     assert loss.loss(model, nothing, x, mask) == pytest.approx(0, abs=1e-9)
     x[:10] = 1e6
     assert loss.loss(model, nothing, x, mask) > 1
@@ -454,7 +455,7 @@ def test_the_report_compares_with_the_floor(capsys):
 
 
 def test_the_report_names_covariates():
-    program = SinkhornProgram(conditional, loss=Trace_DataSinkhorn(match_size=16))
+    program = SinkhornProgram(conditional, loss=Trace_DataSinkhorn(match_size=16, covariates="auto"))
     assert program.diagnose(torch.randn(32), torch.randn(32), num_floor=2).covariates == ("argument 0",)
 
 
@@ -555,3 +556,75 @@ def test_variants_give_the_gradient_of_their_value(options):
 def test_variants_that_do_not_go_together(options, message):
     with pytest.raises(ValueError, match=message):
         Trace_DataSinkhorn(**options)
+
+
+# What is not a covariate
+
+
+@pytest.mark.parametrize(
+    "observe",
+    [lambda x: x.log(), lambda x: (x - 1) / 2, lambda x: x + 0.01 * torch.rand(len(x))],
+    ids=["log", "standardised", "dequantised"],
+)
+def test_what_the_data_are_computed_from_is_no_covariate(observe):
+    """Appended, every simulated datum would carry the observed one along, and the spread would be fitted away."""
+
+    def model(x):
+        spread = pyro.param("spread", torch.tensor(0.3), constraint=constraints.positive)
+        loc = pyro.param("loc", torch.tensor(0.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", Implicit(loc + spread * torch.randn(len(x))), obs=observe(x))
+
+    x = (0.5 * torch.randn(2000)).exp()
+    with pytest.warns(
+        UserWarning, match=r"argument 0 \(128, 1\), as long as plate 'data', was not observed as it is"
+    ):
+        found = fit(model, x, num_steps=300)
+    assert float(found["spread"]) == pytest.approx(float(observe(x).std()), rel=0.15)
+
+
+def test_a_part_of_a_table_is_observed():
+    def model(table):
+        with pyro.plate("data", len(table)):
+            pyro.sample(
+                "x", Implicit(pyro.param("s", torch.tensor(1.0)) * torch.randn(len(table))), obs=table[:, 1]
+            )
+
+    _, loss = compared(model, torch.randn(16, 2), covariates="auto")
+    assert "covariates of x" not in loss.data_match.state.units
+
+
+def test_one_hot_covariates():
+    def model(k, y):
+        effect = pyro.param("effect", torch.zeros(3))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", Implicit(effect[k] + 0.3 * torch.randn(len(y))), obs=y)
+
+    k = torch.randint(3, (2000,))
+    truth = torch.tensor([2.0, -1.0, 0.5])
+    y = truth[k] + 0.3 * torch.randn(2000)
+    found = fit(model, k, y, num_steps=300, covariates=lambda k, y: nn.functional.one_hot(k, 3))
+    assert torch.allclose(found["effect"], truth, atol=0.1)
+
+
+def test_a_report_is_conditional_on_globals_and_sub_samples():
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+        with pyro.plate("data", 64, subsample_size=32) as index:
+            pyro.sample("x", Implicit(mu + torch.randn(32)), obs=x[index])
+
+    def guide(x):
+        pyro.sample("mu", dist.Normal(3.0, 0.1))
+
+    call = Trace_DataSinkhorn(match_size=8).simulation(model, guide, (torch.randn(64),), {})
+    again = call.again()
+    assert again.nodes["mu"]["value"] is call.simulated.nodes["mu"]["value"]
+    assert torch.equal(again.nodes["data"]["value"], call.simulated.nodes["data"]["value"])
+    assert not torch.equal(again.nodes["x"]["value"], call.simulated.nodes["x"]["value"])
+
+
+def test_a_loss_says_what_it_is():
+    assert (
+        repr(Trace_DataSinkhorn(scale="column", match_size=64))
+        == "Trace_DataSinkhorn(match_size=64, scale='column')"
+    )
