@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from _tables import load, origin, table
 
@@ -119,8 +120,36 @@ def unrolled_errors() -> str:
     return table(head, rows)
 
 
+def learned() -> str:
+    """Generated images under fixed and learned costs."""
+    result = load("learned_cost")
+
+    def cell(row: dict[str, Any], key: str, digits: int) -> str:
+        values = ", ".join(f"{value:.{digits}f}" for value in row[key]["values"])
+        return f"{row[key]['mean']:.{digits}f} ({values})"
+
+    rows = [
+        [
+            row["method"],
+            cell(row, "score", 2),
+            cell(row, "frechet", 1),
+            f"{row['entropy']['mean']:.3f}",
+            f"{row['cpu_ms_per_step']:.0f}",
+        ]
+        for row in result["summary"]
+    ]
+    head = ["method", "score (three seeds)", "Fréchet distance", "entropy of classes", "CPU ms a step"]
+    seen, trained = result["reference"]["test images"], result["reference"]["training images"]
+    notes = (
+        f"\n\nThe classifier is right on {result['classifier']['test_accuracy']:.2%} of the test images. Test images score "
+        f"{seen['score']:.2f}; training images are at a Fréchet distance of {trained['frechet']:.1f}, the floor."
+    )
+    return table(head, rows) + notes + origin(result)
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "iris": iris,
+    "learned": learned,
     "iris resampling": iris_resampling,
     "recovery": recovery,
     "unrolled": unrolled,
