@@ -94,6 +94,7 @@ class SinkhornProgram:
             # A decoder that the guide holds too is the program's decoder.
             guide = shared_copy(guide, replaced=[*self.owned.pairs(), (self.model, self.model)])
         self.guide: Any = guide
+        self.pending_guide: dict[str, Any] | None = None
         self.loss: Any = loss_for(self._loss_given)
         self.optim: PyroOptim | None = None
         self.pending_optim: dict[str, Any] = {}
@@ -157,6 +158,7 @@ class SinkhornProgram:
         if seed is not None or self.stream is None:
             self.stream = RandomStream(seed)
         with self._guarded(args, kwargs), self.stream.active(), self.active():
+            snapshot.wake_guide(self, *batches.first())
             modules = [*self.owned.originals.values(), *self._all_modules()]
             trainer = Trainer(self.model, self.guide, self.loss, self.optim, batches, modules)
             with tqdm(total=num_steps, disable=not progress, desc=self._name(), unit="step") as bar:
@@ -312,6 +314,7 @@ class SinkhornProgram:
             stack.enter_context(training_mode(self._all_modules(), training=False))
             stack.enter_context(self.active())
             stack.enter_context(torch.no_grad())
+            snapshot.wake_guide(self, args, kwargs)
             yield
 
 

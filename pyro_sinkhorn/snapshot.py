@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 import pyro
 import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
 from pyro.nn import PyroModule, PyroParam
 from torch import nn
 
@@ -18,7 +20,7 @@ from pyro_sinkhorn.losses.base import SinkhornLoss
 from pyro_sinkhorn.losses.trace_data_sinkhorn import Trace_DataSinkhorn
 from pyro_sinkhorn.losses.trace_sinkhorn import Trace_Sinkhorn
 from pyro_sinkhorn.modules import Owned, shared_copy
-from pyro_sinkhorn.rng import RandomStream
+from pyro_sinkhorn.rng import RandomStream, undisturbed
 from pyro_sinkhorn.training import Epoch, History
 
 
@@ -26,6 +28,7 @@ class Fitted(Protocol):
     """What of a :class:`~pyro_sinkhorn.SinkhornProgram` is learned or advances with training."""
 
     guide: Any
+    pending_guide: dict[str, Any] | None
     loss: Any
     owned: Owned
     optim: Any
@@ -57,7 +60,7 @@ def take(program: Fitted) -> dict[str, Any]:
         "num_steps": program.num_steps,
         "epoch": vars(program.epoch),
         "modules": {name: dict(module.state_dict()) for name, module in program.owned.copies.items()},
-        "guide": dict(program.guide.state_dict()) if isinstance(program.guide, nn.Module) else {},
+        "guide": _guide_state(program),
         "params": params,
         "optim": optim,
         "stream": None if program.stream is None else program.stream.state(),
@@ -88,7 +91,10 @@ def restore(program: Fitted, saved: dict[str, Any]) -> None:
     parts = [
         (f"module {name!r}", program.owned.copies[name], saved["modules"][name]) for name in sorted(theirs)
     ]
-    if isinstance(program.guide, nn.Module):
+    program.pending_guide = None
+    if isinstance(program.guide, AutoGuide) and program.guide.prototype_trace is None:
+        program.pending_guide = dict(saved["guide"]) or None
+    elif isinstance(program.guide, nn.Module):
         parts.append((f"the guide, a {type(program.guide).__name__},", program.guide, saved["guide"]))
     for name, module, values in parts:
         _make_lazy_parameters(module)
@@ -116,6 +122,28 @@ def restore(program: Fitted, saved: dict[str, Any]) -> None:
             raise ValueError(
                 f"the loss differs from the saved one: {' '.join(str(error).split())}"
             ) from error
+
+
+def _guide_state(program: Fitted) -> dict[str, Any]:
+    if program.pending_guide is not None:
+        return program.pending_guide
+    return dict(program.guide.state_dict()) if isinstance(program.guide, nn.Module) else {}
+
+
+def wake_guide(program: Fitted, args: Any, kwargs: Any) -> None:
+    """Give one of Pyro's automatic guides its saved parameters, which it makes at its first call with data.
+
+    :raises ValueError: they differ from the saved ones
+    """
+    if program.pending_guide is None:
+        return
+    with undisturbed(), poutine.block(), torch.no_grad():
+        program.guide(*args, **kwargs)
+    try:
+        program.guide.load_state_dict(program.pending_guide)
+    except RuntimeError as error:
+        raise ValueError(f"the guide differs from the saved one: {' '.join(str(error).split())}") from error
+    program.pending_guide = None
 
 
 def _make_lazy_parameters(module: nn.Module) -> None:

@@ -131,6 +131,10 @@ class Minibatches:
         index, self.epoch.order = order[: self.batch_size], order[self.batch_size :]
         return self.at(index)
 
+    def first(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A minibatch to look at: the first data, in their order."""
+        return self.at(torch.arange(self.batch_size))
+
     def at(self, index: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The data at these positions."""
         return (self.args, self.kwargs) if self.whole else self._pick(index)
@@ -256,7 +260,7 @@ def _wake(guide: Any, batches: Minibatches) -> None:
     Not in the first step: losses begin with runs that put buffers back, loaded ones too.
     """
     if getattr(guide, "_pending_state", None) is not None:
-        args, kwargs = batches.at(torch.arange(batches.batch_size))
+        args, kwargs = batches.first()
         with undisturbed(), training_mode([guide], False), poutine.block(), torch.no_grad():
             guide(*args, **kwargs)
 

@@ -628,3 +628,28 @@ def test_a_loss_says_what_it_is():
         repr(Trace_DataSinkhorn(scale="column", match_size=64))
         == "Trace_DataSinkhorn(match_size=64, scale='column')"
     )
+
+
+def test_a_guide_of_pyros_own_comes_back(tmp_path):
+    """Pyro's automatic guides make their parameters at their first call: saved ones wait for it."""
+    program = SinkhornProgram(with_global, autoguide(), Trace_DataSinkhorn(match_size=16))
+    x = 3 + torch.randn(64)
+    program.fit(x, num_steps=5, batch_size=32, seed=0, progress=False)
+    program.save(tmp_path / "one.pt")
+    loaded = SinkhornProgram.load(tmp_path / "one.pt", with_global, autoguide())
+    loaded.save(tmp_path / "two.pt")  # before it was called
+    loaded = SinkhornProgram.load(tmp_path / "two.pt", with_global, autoguide())
+    assert torch.equal(loaded.encode(x, seed=1)["mu"], program.encode(x, seed=1)["mu"])
+    for one in (program, loaded):
+        one.fit(x, num_steps=3, batch_size=32, progress=False)
+    assert loaded.history.loss == program.history.loss
+
+
+def with_global(x):
+    mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", Implicit(mu + torch.randn(len(x))), obs=x)
+
+
+def autoguide():
+    return AutoNormal(poutine.block(with_global, expose=["mu"]))
