@@ -59,7 +59,9 @@ SIGMA = 0.2
 class MMDMatch(LatentMatch):
     """WAE-MMD's penalty on the same clouds: unbiased MMD with the sum of inverse multiquadrics of Tolstikhin 2018."""
 
-    def divergence(self, x: Any, y: Any, mean: Tensor, group: str, paired: bool) -> Tensor:
+    def divergence(
+        self, x: Any, y: Any, mean: Tensor, group: str, paired: bool, cost: Any = "sqeuclidean"
+    ) -> Tensor:
         """One value a particle; the scale of the kernels is the mean prior-prior cost."""
 
         def kernel(p: Tensor, q: Tensor) -> Tensor:

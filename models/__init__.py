@@ -1,5 +1,14 @@
 """Ready-made generative programs; plain Pyro functions, to use or to copy."""
 
+from pyro_sinkhorn.models.digit_priors import (
+    correlation_digits,
+    digits_with,
+    mixture_digits,
+    ranked_digits,
+    strength_and_parts_digits,
+    switch_digits,
+    torus_digits,
+)
 from pyro_sinkhorn.models.digits import (
     decoder_network,
     dirichlet_archetypes,
@@ -17,7 +26,9 @@ from pyro_sinkhorn.models.simulators import (
 )
 
 __all__ = [
+    "correlation_digits",
     "decoder_network",
+    "digits_with",
     "dirichlet_archetypes",
     "ellipsoid_radii",
     "ellipsoids",
@@ -28,7 +39,12 @@ __all__ = [
     "image_generator",
     "latent_grid",
     "lotka_volterra",
+    "mixture_digits",
+    "ranked_digits",
     "simulate_lotka_volterra",
     "sphere_and_normal",
     "spread_points",
+    "strength_and_parts_digits",
+    "switch_digits",
+    "torus_digits",
 ]

@@ -6,6 +6,7 @@ the prior cloud; both stop after the last latent, so that the decoder does not r
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,10 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_sinkhorn.errors import ProgramError
 from pyro_sinkhorn.explain import explained
+from pyro_sinkhorn.structure import innermost, parameters_of
+
+#: Runs of a model whose prior draws numbers that are none.
+_ATTEMPTS = 3
 
 
 class _Stop(Exception):
@@ -88,14 +93,57 @@ def run_model(
     """Trace the model out of sight of outer handlers.
 
     :param values: values for some sample sites and sub-samples
-    :param stop_after: leave the model once all these sites were sampled; empty means run to its end
+    :param stop_after: leave the model once all these sites were sampled; empty means run to its end. Where one of them
+        drew NaN or infinity, the model is run again, twice at most, with a warning: some samplers do so in single
+        precision, once in a million draws
     :param grad: whether to keep gradients
     """
-    names = set(stop_after)
+    names, values = set(stop_after), values or {}
+    for attempt in range(_ATTEMPTS):
+        trace = _run_once(model, args, kwargs, values, names, grad)
+        drawn = [trace.nodes[name] for name in names - set(values) if name in trace.nodes]
+        bad = [site for site in drawn if not bool(site["value"].isfinite().all()) and _is_sound(site["fn"])]
+        if not bad or attempt == _ATTEMPTS - 1:
+            break
+        _warn_of_redraw(bad[0])
+    return trace
+
+
+#: Priors that were warned of.
+_WARNED: set[tuple[str, str]] = set()
+
+
+def _is_sound(fn: Any) -> bool:
+    """Whether the parameters are numbers: what comes of others is no accident."""
+    return all(bool(parameter.isfinite().all()) for parameter, _ in parameters_of(fn))
+
+
+def _warn_of_redraw(site: Any) -> None:
+    """Say once of every prior that it draws numbers that are none."""
+    name, kind = site["name"], f"{type(innermost(site['fn'])).__name__} in {site['value'].dtype}"
+    if (name, kind) in _WARNED:
+        return
+    _WARNED.add((name, kind))
+    warnings.warn(
+        f"the prior of {name!r}, a {kind}, drew NaN or infinite values and was drawn again. Some samplers do so in single "
+        "precision, once in a million draws; double precision avoids it. This is said once",
+        UserWarning,
+        stacklevel=3,
+    )
+
+
+def _run_once(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    values: dict[str, Tensor],
+    names: set[str],
+    grad: bool,
+) -> Trace:
     with poutine.block(), preserved_buffers(), torch.set_grad_enabled(grad and torch.is_grad_enabled()):
         with (
             poutine.trace() as tracer,
-            _Substitute(values or {}),
+            _Substitute(values),
             explained("model", tracer.trace, args, kwargs),
         ):
             try:

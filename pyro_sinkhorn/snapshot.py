@@ -71,7 +71,7 @@ def take(program: Fitted) -> dict[str, Any]:
     }
     if isinstance(program.loss, SinkhornLoss):
         config = program.loss.config()
-        own = sorted(name for name, value in config.items() if callable(value))  # code is not saved
+        own = sorted(name for name, value in config.items() if _is_code(value))  # code is not saved
         config |= dict.fromkeys(own)
         saved["loss"] |= {"config": config, "own": own} | program.loss.state()
     return state.detached(saved)
@@ -167,6 +167,11 @@ def make_loss(saved: dict[str, Any]) -> SinkhornLoss | None:
     return _LOSSES[described["class"]](**described["config"])
 
 
+def _is_code(value: Any) -> bool:
+    """A function, or functions by name."""
+    return callable(value) or (isinstance(value, dict) and any(map(callable, value.values())))
+
+
 def check_loss(program: Fitted, saved: dict[str, Any]) -> None:
     """A loss that the file cannot describe must have been given.
 
@@ -180,7 +185,7 @@ def check_loss(program: Fitted, saved: dict[str, Any]) -> None:
             + "".join(f", with the same {argument}" for argument in described.get("own", ()))
         )
     for argument in described.get("own", ()):
-        if not callable(program.loss.config()[argument]):
+        if not _is_code(program.loss.config()[argument]):
             raise ValueError(
                 f"the program was saved with a {name} with a {argument} of its own: pass it as loss="
             )

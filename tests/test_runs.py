@@ -7,6 +7,7 @@ import torch
 from pyro import poutine
 from torch import nn
 
+from pyro_sinkhorn import runs
 from pyro_sinkhorn.errors import NonFiniteError, ProgramError
 from pyro_sinkhorn.runs import preserved_buffers, run_model, subsamples
 
@@ -234,3 +235,34 @@ def test_errors_of_the_users_own_pass_unchanged():
 
     with pytest.raises(NotImplementedError, match="later"):
         run_model(other, (), {})
+
+
+class Faulty(dist.Normal):
+    """Draws NaN the first few times."""
+
+    failures = 0
+
+    def rsample(self, sample_shape=()):
+        value = super().rsample(sample_shape)
+        if Faulty.failures:
+            Faulty.failures -= 1
+            value = torch.where(torch.arange(len(value)) == 0, torch.nan, value)
+        return value
+
+
+def test_a_prior_that_draws_nan_now_and_then_is_drawn_again(monkeypatch):
+    monkeypatch.setattr(runs, "_WARNED", set())
+
+    def model():
+        with pyro.plate("data", 5):
+            pyro.sample("z", Faulty(torch.zeros(5), 1.0, validate_args=False))
+
+    Faulty.failures = 1
+    with pytest.warns(UserWarning, match="the prior of 'z', a Faulty in torch.float64, drew NaN"):
+        assert run_model(model, (), {}, stop_after=["z"]).nodes["z"]["value"].isfinite().all()
+    Faulty.failures = 5
+    # said once; and given up after three runs
+    assert not run_model(model, (), {}, stop_after=["z"]).nodes["z"]["value"].isfinite().all()
+    Faulty.failures = 0
+    given = {"z": torch.full((5,), torch.nan)}
+    assert run_model(model, (), {}, values=given, stop_after=["z"]).nodes["z"]["value"].isnan().all()

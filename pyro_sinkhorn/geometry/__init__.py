@@ -1,16 +1,33 @@
 """Supports: how a latent is produced by a network and compared with another."""
 
 from pyro_sinkhorn.geometry.base import Elementwise, Geometry
+from pyro_sinkhorn.geometry.composite import Pieces
 from pyro_sinkhorn.geometry.curved import Circle, Simplex, Sphere
 from pyro_sinkhorn.geometry.elementwise import HalfLine, Interval, Real
+from pyro_sinkhorn.geometry.matrices import (
+    CorrCholesky,
+    CorrMatrix,
+    LowerCholesky,
+    LowerTriangular,
+    PositiveDefinite,
+)
+from pyro_sinkhorn.geometry.ordered import Ordered, PositiveOrdered
 from pyro_sinkhorn.geometry.registry import geometry_of, register_geometry
 
 __all__ = [
     "Circle",
+    "CorrCholesky",
+    "CorrMatrix",
     "Elementwise",
     "Geometry",
     "HalfLine",
     "Interval",
+    "LowerCholesky",
+    "LowerTriangular",
+    "Ordered",
+    "Pieces",
+    "PositiveDefinite",
+    "PositiveOrdered",
     "Real",
     "Simplex",
     "Sphere",

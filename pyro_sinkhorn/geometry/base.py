@@ -14,6 +14,7 @@ Dirichlet (mean squared distance below 1) would vanish beside a ten-dimensional 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,11 @@ class Geometry:
     event_shape:  shape of one value
     dim:          intrinsic dimension, which sets the weight of the site in its group
     num_raw:      how many network outputs :meth:`head` reads
+    cost:         None: squared distance of embeddings. Else a name or function that compares values instead, see
+                  :mod:`pyro_sinkhorn.losses.site_cost`
     """
+
+    cost: Any = None
 
     def __init__(self, event_shape: torch.Size, dim: int | None = None, num_raw: int | None = None) -> None:
         self.event_shape = torch.Size(event_shape)

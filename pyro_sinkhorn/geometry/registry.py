@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pyro.distributions as dist
@@ -10,8 +11,17 @@ import torch
 from pyro.distributions import constraints
 
 from pyro_sinkhorn.geometry.base import Geometry
+from pyro_sinkhorn.geometry.composite import Pieces
 from pyro_sinkhorn.geometry.curved import Circle, Simplex, Sphere
 from pyro_sinkhorn.geometry.elementwise import HalfLine, Interval, Real
+from pyro_sinkhorn.geometry.matrices import (
+    CorrCholesky,
+    CorrMatrix,
+    LowerCholesky,
+    LowerTriangular,
+    PositiveDefinite,
+)
+from pyro_sinkhorn.geometry.ordered import Ordered, PositiveOrdered
 
 Factory = Callable[[Any], Geometry]
 
@@ -111,15 +121,69 @@ def _unknown(fn: Any, constraint: Any, site: str | None) -> str:
     )
 
 
-def _heavy_tailed(fn: Any) -> Geometry:
-    return Real(fn.event_shape, heavy_tailed=True)
+#: Distributions on the line without a second moment, hence without an expected squared cost.
+_HEAVY_TAILED = (dist.Cauchy, dist.StudentT, dist.MultivariateStudentT, dist.Stable)
 
 
-for _type in (dist.Cauchy, dist.StudentT, dist.MultivariateStudentT, dist.Stable):
-    register_geometry(_type, _heavy_tailed)
-register_geometry(dist.VonMises, lambda fn: Circle(fn.event_shape))
+def _is_heavy_tailed(fn: Any) -> bool:
+    """Such a distribution, or an affine map of one."""
+    core = _core(fn)
+    if isinstance(core, torch.distributions.TransformedDistribution):
+        affine = (torch.distributions.AffineTransform, dist.transforms.AffineAutoregressive)
+        return all(isinstance(t, affine) for t in core.transforms) and _is_heavy_tailed(core.base_dist)
+    return isinstance(core, _HEAVY_TAILED)
 
-register_geometry(constraints.real, lambda fn: Real(fn.event_shape))
+
+def _of_component(fn: Any) -> Geometry:
+    """A mixture lives where its components do; between ends that differ, from the lowest to the highest."""
+    core = _core(fn)
+    component = core.component_distribution if hasattr(core, "component_distribution") else core.component0
+    ends = base_support(component)
+    if isinstance(ends, (constraints.interval, constraints.half_open_interval)):
+        low, high = torch.as_tensor(ends.lower_bound).min(), torch.as_tensor(ends.upper_bound).max()
+        return Interval(fn.event_shape, low, high)
+    if _is_heavy_tailed(component):
+        return Real(fn.event_shape, heavy_tailed=True)
+    found = geometry_of(component)
+    # Of the mixture's own event: Independent may have made dimensions of the batch part of it.
+    found_shape = torch.Size(found.event_shape)
+    return (
+        found
+        if found_shape == fn.event_shape
+        else geometry_of(_Support(base_support(component), fn.event_shape))
+    )
+
+
+@dataclass(frozen=True)
+class _Support:
+    """All that a factory reads of a distribution that is known by its support alone."""
+
+    support: Any
+    event_shape: torch.Size
+    base_dist: Any = None
+
+
+def _pieces(fn: Any) -> Geometry:
+    constraint, shape = base_support(fn), torch.Size(fn.event_shape)
+    axis = constraint.dim if constraint.dim < 0 else constraint.dim - len(shape)
+    stacked = isinstance(constraint, constraints.stack)
+    pieces = []
+    for i, part in enumerate(constraint.cseq):
+        sizes = list(shape)
+        if stacked:
+            del sizes[axis]
+        else:
+            sizes[axis] = constraint.lengths[i]
+        pieces.append(geometry_of(_Support(part, torch.Size(sizes))))
+    return Pieces(shape, pieces, axis, stacked)
+
+
+register_geometry(dist.MixtureSameFamily, _of_component)
+register_geometry(dist.MaskedMixture, _of_component)
+for _angles in (dist.VonMises, dist.SineSkewed, dist.SineBivariateVonMises):
+    register_geometry(_angles, lambda fn: Circle(fn.event_shape))
+
+register_geometry(constraints.real, lambda fn: Real(fn.event_shape, heavy_tailed=_is_heavy_tailed(fn)))
 register_geometry(constraints.positive, lambda fn: HalfLine(fn.event_shape, base_support(fn).lower_bound))
 register_geometry(constraints.greater_than, lambda fn: HalfLine(fn.event_shape, base_support(fn).lower_bound))
 register_geometry(
@@ -133,5 +197,17 @@ for _bounded in (constraints.interval, constraints.half_open_interval):
         _bounded,
         lambda fn: Interval(fn.event_shape, base_support(fn).lower_bound, base_support(fn).upper_bound),
     )
+register_geometry(constraints.ordered_vector, lambda fn: Ordered(fn.event_shape))
+register_geometry(constraints.positive_ordered_vector, lambda fn: PositiveOrdered(fn.event_shape))
+register_geometry(constraints.lower_triangular, lambda fn: LowerTriangular(fn.event_shape))
+register_geometry(constraints.unit_lower_cholesky, lambda fn: LowerTriangular(fn.event_shape, True))
+for _cholesky in (constraints.lower_cholesky, constraints.softplus_lower_cholesky):
+    register_geometry(_cholesky, lambda fn: LowerCholesky(fn.event_shape))
+register_geometry(constraints.corr_cholesky, lambda fn: CorrCholesky(fn.event_shape))
+register_geometry(constraints.corr_matrix, lambda fn: CorrMatrix(fn.event_shape))
+for _covariance in (constraints.positive_definite, constraints.positive_semidefinite):
+    register_geometry(_covariance, lambda fn: PositiveDefinite(fn.event_shape))
+for _composite in (constraints.cat, constraints.stack):
+    register_geometry(_composite, _pieces)
 register_geometry(constraints.simplex, lambda fn: Simplex(fn.event_shape))
 register_geometry(constraints.sphere, lambda fn: Sphere(fn.event_shape))

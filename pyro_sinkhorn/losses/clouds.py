@@ -12,7 +12,7 @@ not pooled.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,6 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_sinkhorn.errors import NonFiniteError, ProgramError
-from pyro_sinkhorn.geometry.base import Geometry
 from pyro_sinkhorn.geometry.registry import geometry_of
 from pyro_sinkhorn.structure import PARTICLE_PLATE, Group, Plate, Site, parameters_of
 
@@ -58,22 +57,24 @@ def slices(trace: Trace, group: Group) -> tuple[Tensor, float]:
     return total, float(total.sum())
 
 
-def embedded(trace: Trace, name: str, plates: tuple[Plate, ...], geometry: Geometry | None = None) -> Tensor:
+def embedded(
+    trace: Trace, name: str, plates: tuple[Plate, ...], columns: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """Rows ``(particles, n, columns)`` of one site, embedded, in the geometry's own unit.
 
     :param plates: plates whose slices become rows; a site outside some of them is repeated along those
-    :param geometry: that of the site; by default the registered one
+    :param columns: ``(batch..., *event)`` to ``(batch..., e)``; by default the embedding of the registered geometry
     :raises NonFiniteError: a value is NaN or infinite
     """
     site = trace.nodes[name]
-    geometry = geometry or geometry_of(site["fn"], name)
+    columns = columns or geometry_of(site["fn"], name).embed
     value = site["value"]
     if not bool(value.isfinite().all()):
         bad = int((~value.isfinite()).sum())
         raise NonFiniteError(
             f"latent site {name!r}: {bad} of {value.numel()} values of shape {tuple(value.shape)} are NaN or infinite"
         )
-    return rows(geometry.embed(value), _particles(site), plates)
+    return rows(columns(value), _particles(site), plates)
 
 
 def rows(columns: Tensor, n_particles: int, plates: tuple[Plate, ...]) -> Tensor:

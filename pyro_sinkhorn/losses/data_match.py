@@ -147,7 +147,7 @@ class DataMatch:
         """Rows ``(particles, n, e)``: every site embedded, in its unit."""
         columns = []
         for name in (*carried, *group.sites):
-            rows = embedded(trace, name, group.plates, data_geometry(trace.nodes[name]["fn"], name))
+            rows = embedded(trace, name, group.plates, data_geometry(trace.nodes[name]["fn"], name).embed)
             columns.append(rows / self.state.units[name].to(rows))
         particles = max(rows.shape[0] for rows in columns)
         return torch.cat([rows.expand(particles, -1, -1).to(columns[0]) for rows in columns], -1)
@@ -160,7 +160,7 @@ class DataMatch:
             if name in self.state.units:
                 continue
             fn = call.observed.nodes[name]["fn"]
-            rows = embedded(call.observed, name, group.plates, data_geometry(fn, name)).flatten(0, 1)
+            rows = embedded(call.observed, name, group.plates, data_geometry(fn, name).embed).flatten(0, 1)
             rows = rows[weights > 0] if len(rows) == len(weights) else rows
             spread = rows.var(0, correction=0)
             if self.scale == "site":

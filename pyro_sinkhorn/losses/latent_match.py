@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +17,8 @@ from pyro_sinkhorn.geometry.registry import geometry_of
 from pyro_sinkhorn.losses.clouds import Cloud, embedded, make_cloud, slices, varying_parameters
 from pyro_sinkhorn.losses.matching import MatchOptions, MatchState, gather, match, mean_cost
 from pyro_sinkhorn.losses.prior import constant_trace, prior_trace, reference_rows, warn_if_gradient_lost
+from pyro_sinkhorn.losses.site_cost import GroupCost, SiteCost, check_names, site_cost
+from pyro_sinkhorn.ot.cost import Cost
 from pyro_sinkhorn.structure import Group, Structure, plates_of
 
 Grouping = Literal["joint", "marginal"]
@@ -84,19 +87,23 @@ class LatentMatch:
             return []
         return self._compare(call, call.prior(), [call.prior()])
 
-    def divergence(self, x: Cloud, y: Cloud, mean: Tensor, group: str, paired: bool) -> Tensor:
+    def divergence(
+        self, x: Cloud, y: Cloud, mean: Tensor, group: str, paired: bool, cost: Cost = "sqeuclidean"
+    ) -> Tensor:
         """Normalised divergence between two clouds, one value a particle; a subclass may compare otherwise."""
-        return match(
-            x, y, mean, self.options, group=f"latent group ({group})", paired=paired, warned=self._warned
-        )
+        options = dataclasses.replace(self.options, cost=cost)
+        label = f"latent group ({group})"
+        return match(x, y, mean, options, group=label, paired=paired, warned=self._warned)
 
     def coordinates(self, call: Call, name: str) -> Tensor:
         """Rows ``(particles * n, e)`` of the scored trace for the group of this name, in the prior's unit."""
         group, carried = next((g, c) for g, c in self._groups(call.structure) if g.name == name)
-        return self._coordinates(call.scored, group, carried).flatten(0, 1)
+        own = dict.fromkeys((*carried, *group.sites))
+        return torch.cat(self._columns(call.scored, group, own), -1).flatten(0, 1)
 
     def _compare(self, call: Call, left: Trace, priors: list[Trace]) -> list[GroupMatch]:
         constant: Trace | None = None
+        check_names(self.options.cost, set(call.structure.locals))
         groups = list(self._groups(call.structure))
         # Asked at every call: a batch may have equal covariates by chance, a prior network may start at zero. The run
         # is spared where parameters agree even below different latents.
@@ -118,14 +125,14 @@ class LatentMatch:
         weights, n_data = slices(call.scored, group)
         if n_data == 0:
             return GroupMatch(group.name, torch.zeros(()), 0.0)
-        if group.name not in self.state.mean_costs or any(
-            n not in self.state.units for n in (*carried, *group.sites)
-        ):
-            self._estimate(call, priors[0], group, carried)
+        own = self._own_costs(priors[0], group, carried)
+        wanted = {*carried, *group.sites, *(factor_of(name) for name, cost in own.items() if cost)}
+        if group.name not in self.state.mean_costs or not wanted <= set(self.state.units):
+            self._estimate(call, priors[0], group, carried, own)
         features = self._features(constant, group, carried)
 
         def cloud(trace: Trace) -> Cloud:
-            points = self._coordinates(trace, group, carried)
+            points = torch.cat(self._columns(trace, group, own), -1)
             if features is not None:
                 points = torch.cat([points, features.expand(points.shape[0], -1, -1)], -1)
             return gather(make_cloud(points, weights, group))
@@ -133,7 +140,8 @@ class LatentMatch:
         x = cloud(left)
         mean = self.state.mean_costs[group.name].to(x.points)
         paired = features is not None or x.weights is not None
-        values = [self.divergence(x, cloud(prior), mean, group.name, paired).mean() for prior in priors]
+        cost = self._group_cost(priors[0], group, own)
+        values = [self.divergence(x, cloud(prior), mean, group.name, paired, cost).mean() for prior in priors]
         return GroupMatch(group.name, torch.stack(values).mean(), n_data)
 
     def _groups(self, structure: Structure) -> Iterator[tuple[Group, tuple[str, ...]]]:
@@ -152,15 +160,44 @@ class LatentMatch:
             )
             yield group, carried
 
-    def _coordinates(self, trace: Trace, group: Group, carried: tuple[str, ...]) -> Tensor:
-        """Rows ``(particles, n, e)`` of a group: every site embedded, in the prior's unit."""
+    def _own_costs(self, prior: Trace, group: Group, carried: tuple[str, ...]) -> dict[str, SiteCost | None]:
+        """Sites of a group in the order of their columns, each with its own cost if it has one."""
+        given = self.options.cost
+        whole = not (given is None or isinstance(given, Mapping))  # a cost for all of the group
+
+        def own(name: str) -> SiteCost | None:
+            site = prior.nodes[name]
+            return None if whole else site_cost(name, site, geometry_of(site["fn"], name), given)
+
+        return {name: own(name) for name in (*carried, *group.sites)}
+
+    def _columns(self, trace: Trace, group: Group, own: Mapping[str, SiteCost | None]) -> list[Tensor]:
+        """Rows ``(particles, n, e)`` of every site of a group: embedded in the prior's unit, or as its cost wants it."""
         columns = []
-        for name in (*carried, *group.sites):
+        for name, cost in own.items():
+            unit = self.state.units[name]
+            if cost is not None:
+                columns.append(
+                    embedded(trace, name, group.plates, functools.partial(cost.columns, unit=unit))
+                )
+                continue
             rows = embedded(trace, name, group.plates)
-            geometry = geometry_of(trace.nodes[name]["fn"], name)
-            columns.append(geometry.finish(rows / self.state.units[name].to(rows)))
+            columns.append(geometry_of(trace.nodes[name]["fn"], name).finish(rows / unit.to(rows)))
         particles = max(rows.shape[0] for rows in columns)
-        return torch.cat([rows.expand(particles, -1, -1) for rows in columns], -1)
+        return [rows.expand(particles, -1, -1) for rows in columns]
+
+    def _group_cost(self, prior: Trace, group: Group, own: Mapping[str, SiteCost | None]) -> Cost:
+        """The cost between rows of :meth:`_columns`."""
+        given = self.options.cost
+        if given is not None and not isinstance(given, Mapping):
+            return given
+        if not any(own.values()):
+            return "sqeuclidean"
+        widths = [rows.shape[-1] for rows in self._columns(prior, group, own)]
+        factors = [
+            1.0 if cost is None else float(self.state.units[factor_of(name)]) for name, cost in own.items()
+        ]
+        return GroupCost(list(zip(widths, own.values(), factors, strict=True)))
 
     def _features(self, constant: Trace | None, group: Group, carried: tuple[str, ...]) -> Tensor | None:
         """Columns that tell slices with unlike priors apart, together as far apart as the latents are."""
@@ -177,8 +214,15 @@ class LatentMatch:
         return features / self.state.units[key]
 
     @torch.no_grad()
-    def _estimate(self, call: Call, first: Trace, group: Group, carried: tuple[str, ...]) -> None:
-        """Units of the sites and mean cost of the group, from at least 512 prior points."""
+    def _estimate(
+        self,
+        call: Call,
+        first: Trace,
+        group: Group,
+        carried: tuple[str, ...],
+        own: Mapping[str, SiteCost | None],
+    ) -> None:
+        """Units of the sites, factors of their own costs and mean cost of the group, from at least 512 prior points."""
         for name in (*carried, *group.sites):
             if name not in self.state.units:
                 lay_out = functools.partial(embedded, name=name, plates=group.plates)
@@ -187,5 +231,18 @@ class LatentMatch:
                 # One number for all columns would weigh a site in a plate inside the datum as if there were one of it.
                 copies = math.prod(p.size for p in plates_of(first.nodes[name]) if p not in group.plates)
                 self.state.units[name] = unit if unit.dim() else unit / math.sqrt(copies)
-        pooled = reference_rows(call.prior, first, lambda trace: self._coordinates(trace, group, carried))
-        self.state.mean_costs[group.name] = mean_cost(self.options.cost, pooled)
+        pooled = reference_rows(
+            call.prior, first, lambda trace: torch.cat(self._columns(trace, group, own), -1)
+        )
+        start = 0
+        for (name, cost), rows in zip(own.items(), self._columns(first, group, own), strict=True):
+            if cost is not None and factor_of(name) not in self.state.units:
+                mean = mean_cost(cost.matrix, pooled[:, start : start + rows.shape[-1]])
+                self.state.units[factor_of(name)] = 2 * max(cost.geometry.dim, 1) / mean
+            start += rows.shape[-1]
+        self.state.mean_costs[group.name] = mean_cost(self._group_cost(first, group, own), pooled)
+
+
+def factor_of(name: str) -> str:
+    """Where the factor of a site's own cost is kept among the units."""
+    return f"cost of {name}"

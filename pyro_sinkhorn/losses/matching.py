@@ -33,7 +33,7 @@ class MatchOptions:
     debias: Debias = "independent"
     relative_epsilon: float = 0.1
     match_size: int = 64
-    cost: Cost = "sqeuclidean"
+    cost: Any = "sqeuclidean"
     tolerance: float = 1e-2
     max_iters: int = 500
     backend: str = "log"

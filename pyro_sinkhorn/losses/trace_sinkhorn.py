@@ -24,8 +24,8 @@ from pyro_sinkhorn.losses.scoring import (
     number_of_data,
     scored_sites,
 )
+from pyro_sinkhorn.losses.site_cost import GivenCost
 from pyro_sinkhorn.ot.checks import Gradient, Value
-from pyro_sinkhorn.ot.cost import Cost
 from pyro_sinkhorn.ot.divergence import Debias
 from pyro_sinkhorn.structure import structure_of
 
@@ -56,7 +56,11 @@ class Trace_Sinkhorn(SinkhornLoss):
         loses their dependence, for comparison
     :param num_prior_batches: independent prior clouds a step; more reduce the variance of the gradient
     :param debias: ``"independent"`` (unbiased on minibatches), ``"self"`` (shrinks latents) or None, for comparison
-    :param cost: ground cost between embeddings, see :func:`pyro_sinkhorn.ot.sinkhorn`
+    :param cost: ground cost. None (default): that of every site, which is the squared distance of its embedding unless the
+        model's ``infer={"sinkhorn": {"cost": ...}}`` or a registered geometry says otherwise. ``{site: cost}`` overrides
+        these: a name (``"geodesic"`` on spheres and circles, ``"l1"``, ``"euclidean"``, ``"sqeuclidean"``) or a function
+        of two tensors of values, ``(n, *event_shape)`` and ``(m, *event_shape)``, that returns ``(n, m)``. A single name or
+        function compares the concatenated embeddings of a whole group
     :param tolerance: marginal error at which the solver stops; 1e-2 leaves gradients within about 1%
     :param max_iters: iterations of the solver at most
     :param value: what of the plan is reported, see :func:`pyro_sinkhorn.ot.sinkhorn`; the papers' is ``"sharp"``
@@ -92,7 +96,7 @@ class Trace_Sinkhorn(SinkhornLoss):
         groups: Literal["joint", "marginal"] = "joint",
         num_prior_batches: int = 1,
         debias: Debias = "independent",
-        cost: Cost = "sqeuclidean",
+        cost: GivenCost = None,
         tolerance: float = 1e-2,
         max_iters: int = 500,
         backend: str = "log",

@@ -12,6 +12,8 @@ from pyro_sinkhorn.distributions import HypersphericalUniform, VonMisesFisher
 from pyro_sinkhorn.geometry import Circle, HalfLine, Interval, Real, Simplex, Sphere, geometry_of
 
 DTYPES = [torch.float32, torch.float64]
+# torch says so of every draw whose smallest eigenvalue it cannot tell from 0, and draws again
+pytestmark = pytest.mark.filterwarnings("ignore:Singular sample detected")
 
 
 class Below(dist.Gamma):
@@ -31,6 +33,60 @@ class HalfOpen(dist.Uniform):
 
 def t(*values):
     return torch.tensor(values)
+
+
+class InverseWishart(dist.Wishart):
+    """Covariances with heavy tails, sampled through their inverse."""
+
+    def rsample(self, sample_shape=()):
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(super().rsample(sample_shape)))
+        return (inverse + inverse.mT) / 2
+
+
+def transformed(shape, support):
+    """A normal sent into a support by torch's own bijection."""
+    base = dist.Normal(torch.zeros(shape), 1.0).to_event(len(shape))
+    return Through(base, torch.distributions.transform_to(support), support)
+
+
+class Through(dist.TorchDistribution):
+    """The law of a transformed draw, whose support is named."""
+
+    arg_constraints = {}
+    has_rsample = True
+
+    def __init__(self, base, transform, support):
+        self.base, self.transform, self._support = base, transform, support
+        super().__init__(torch.Size(), transform(base.sample()).shape, validate_args=False)
+
+    @property
+    def support(self):
+        return self._support
+
+    def rsample(self, sample_shape=()):
+        return self.transform(self.base.rsample(sample_shape))
+
+
+class Pieced(dist.TorchDistribution):
+    """Unlike numbers in one vector: a real one, a positive one, and one in (0, 1)."""
+
+    arg_constraints = {}
+
+    def __init__(self, stacked):
+        parts = [constraints.real, constraints.positive, constraints.unit_interval]
+        made = (
+            constraints.stack(parts, dim=-1) if stacked else constraints.cat(parts, dim=-1, lengths=[1, 1, 1])
+        )
+        self._support = constraints.independent(made, 1 - made.event_dim)
+        super().__init__(torch.Size(), torch.Size([3]), validate_args=False)
+
+    @property
+    def support(self):
+        return self._support
+
+    def sample(self, sample_shape=()):
+        z = torch.randn(*sample_shape, 3)
+        return torch.stack([z[..., 0], z[..., 1].exp(), z[..., 2].sigmoid()], -1)
 
 
 # Every support, and the ways a distribution can be wrapped. Made in the default dtype of the moment.
@@ -68,8 +124,55 @@ PRIORS = {
     "student": lambda: dist.StudentT(1.5).expand([2]).to_event(1),
     "expanded": lambda: dist.Dirichlet(torch.ones(3)).expand([2]).to_event(1),
     "masked": lambda: dist.Beta(2.0, 2.0).mask(True),
+    "levy": lambda: dist.Stable(0.5, 1.0),
+    "shifted cauchy": lambda: dist.TransformedDistribution(
+        dist.Cauchy(0.0, 1.0), [transforms.AffineTransform(3.0, 2.0)]
+    ),
+    "multivariate student": lambda: dist.MultivariateStudentT(
+        torch.tensor(1.5), torch.zeros(2), torch.eye(2)
+    ),
+    "weibull": lambda: dist.Weibull(2.0, 0.7),
+    "inverse gamma": lambda: dist.InverseGamma(1.5, 1.0),
+    "small gamma": lambda: dist.Gamma(0.3, 1.0),
+    "kumaraswamy": lambda: dist.Kumaraswamy(0.5, 2.0),
+    "logistic-normal": lambda: dist.LogisticNormal(torch.zeros(3), torch.ones(3)),
+    "relaxed one-hot": lambda: dist.RelaxedOneHotCategorical(torch.tensor(0.7), torch.ones(4)),
+    "sine-skewed": lambda: dist.SineSkewed(
+        dist.VonMises(torch.zeros(2), torch.ones(2)).to_event(1), torch.tensor([0.3, -0.4])
+    ),
+    "lkj cholesky": lambda: dist.LKJCholesky(4, 1.0),
+    "lkj": lambda: dist.LKJ(3, torch.tensor(0.5)),
+    "lkj of 1": lambda: dist.LKJCholesky(2, 3.0),
+    "wishart": lambda: dist.Wishart(torch.tensor(5.0), covariance_matrix=torch.eye(3)),
+    "inverse wishart": lambda: InverseWishart(torch.tensor(6.0), covariance_matrix=torch.eye(2)),
+    "cholesky factor": lambda: transformed((3, 3), constraints.lower_cholesky),
+    "softplus cholesky": lambda: transformed((2, 2), constraints.softplus_lower_cholesky),
+    "ordered": lambda: transformed((4,), constraints.ordered_vector),
+    "positive ordered": lambda: transformed((4,), constraints.positive_ordered_vector),
+    "mixture": lambda: dist.MixtureSameFamily(
+        dist.Categorical(torch.ones(2)), dist.Normal(t(-3.0, 3.0), t(1.0, 0.5))
+    ),
+    "mixture of directions": lambda: dist.MixtureSameFamily(
+        dist.Categorical(torch.ones(2)), dist.VonMises(t(0.0, 3.0), t(9.0, 9.0))
+    ),
+    "mixture of simplices": lambda: dist.MixtureSameFamily(
+        dist.Categorical(torch.ones(2)), dist.Dirichlet(t([9.0, 1.0, 1.0], [1.0, 1.0, 9.0]))
+    ),
+    "mixture of intervals": lambda: dist.MixtureSameFamily(
+        dist.Categorical(torch.ones(2)), dist.Uniform(t(-3.0, -3.0), t(5.0, 5.0))
+    ),
+    "mixture of vectors": lambda: dist.MixtureSameFamily(
+        dist.Categorical(torch.ones(2)), dist.Normal(t([-3.0, 0.0], [3.0, 1.0]), 1.0).to_event(1)
+    ),
+    "masked mixture": lambda: dist.MaskedMixture(
+        torch.tensor([True, False, True]), dist.Gamma(torch.ones(3), 1.0), dist.LogNormal(torch.zeros(3), 1.0)
+    ).to_event(1),
+    "empirical": lambda: dist.Empirical(torch.randn(50, 3), torch.zeros(50)),
+    "laplace": lambda: dist.Laplace(0.0, 1.0),
+    "side by side": lambda: Pieced(stacked=False),
+    "on top of each other": lambda: Pieced(stacked=True),
 }
-HEAVY = ("cauchy", "student")  # no second moment
+HEAVY = ("cauchy", "student", "levy", "shifted cauchy", "multivariate student")  # no second moment
 LIGHT = [name for name in PRIORS if name not in HEAVY]
 
 

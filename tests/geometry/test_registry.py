@@ -101,6 +101,13 @@ def test_what_is_neither_distribution_nor_constraint_is_refused(key):
         register_geometry(key, real)
 
 
+@pytest.fixture
+def forgotten(registrations_of_a_test_end_with_it):
+    """As if nobody had taught the support of LKJCholesky."""
+    del registry._BY_SUPPORT[type(constraints.corr_cholesky)]
+
+
+@pytest.mark.usefixtures("forgotten")
 def test_an_unknown_support_names_the_site_and_the_way_out():
     with pytest.raises(ValueError) as error:
         geometry_of(dist.LKJCholesky(3, 1.0), "rho")
@@ -113,6 +120,7 @@ def test_an_unknown_support_names_the_site_and_the_way_out():
         geometry_of(dist.LKJCholesky(3, 1.0))
 
 
+@pytest.mark.usefixtures("forgotten")
 def test_a_distribution_of_the_users_own_is_not_looked_for_in_pyro():
     class Own(dist.LKJCholesky):
         pass
@@ -144,6 +152,7 @@ def model(x):
         pyro.sample("x", dist.Normal(z[..., 1, :], 0.1).to_event(1), obs=x)
 
 
+@pytest.mark.usefixtures("forgotten")
 def test_the_recipe_of_the_error_works_when_followed():
     x = dist.LKJCholesky(2, 1.0).sample((16,))[:, 1]
     with pytest.raises(ValueError) as error:

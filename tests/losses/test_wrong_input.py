@@ -15,6 +15,7 @@ from torch import nn
 
 from pyro_sinkhorn import AutoImplicit, Implicit, Trace_Sinkhorn
 from pyro_sinkhorn.errors import NonFiniteError, ProgramError
+from pyro_sinkhorn.geometry import registry
 
 N = 16
 
@@ -251,7 +252,9 @@ def test_no_observed_site(guide_of, validation):
         step(program, guide, data())
 
 
-def test_an_unknown_support(guide_of, validation):
+def test_an_unknown_support(guide_of, validation, monkeypatch):
+    monkeypatch.delitem(registry._BY_SUPPORT, type(dist.constraints.corr_cholesky))
+
     def program(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.LKJCholesky(2, 1.0))
