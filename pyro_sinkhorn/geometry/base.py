@@ -57,8 +57,15 @@ class Geometry:
         mean_square = 2 * embedded.var(0, correction=0).sum()
         return _nonzero((mean_square / (2 * max(self.dim, 1))).sqrt())
 
-    def finish(self, embedded: Tensor) -> Tensor:
-        """Last step on the embedding in its unit; heavy tails are compressed here."""
+    def tails(self, embedded: Tensor) -> Tensor | None:
+        """Where heavy tails are measured from, ``(e,)``, of embedded prior draws ``(n, e)``; None for light ones."""
+        return None
+
+    def finish(self, embedded: Tensor, heavy: bool = False) -> Tensor:
+        """Last step on the embedding in its unit, from where its tails are measured; heavy ones are compressed here.
+
+        heavy:  :meth:`tails` found them so
+        """
         return embedded
 
     def flatten(self, value: Tensor) -> Tensor:

@@ -47,10 +47,19 @@ class Pieces(Geometry):
             units.append(piece.unit(part).expand(part.shape[-1]))
         return torch.cat(units)
 
-    def finish(self, embedded: Tensor) -> Tensor:
+    def tails(self, embedded: Tensor) -> Tensor | None:
+        """Where any piece's are measured from."""
+        parts = embedded.split(self._widths(embedded), -1)
+        found = [p.tails(part) for p, part in zip(self.pieces, parts, strict=True)]
+        if all(one is None for one in found):
+            return None
+        zeros = (torch.zeros_like(part[0]) for part in parts)
+        return torch.cat([zero if one is None else one for one, zero in zip(found, zeros, strict=True)])
+
+    def finish(self, embedded: Tensor, heavy: bool = False) -> Tensor:
         """The last steps of the pieces."""
         parts = embedded.split(self._widths(embedded), -1)
-        return torch.cat([p.finish(part) for p, part in zip(self.pieces, parts, strict=True)], -1)
+        return torch.cat([p.finish(part, heavy) for p, part in zip(self.pieces, parts, strict=True)], -1)
 
     def _split(self, value: Tensor) -> list[Tensor]:
         if self.stacked:

@@ -21,7 +21,9 @@ def _exp(raw: Tensor) -> Tensor:
 
 
 class Ordered(Elementwise):
-    """``ordered_vector``. Head: a first number and positive gaps. Embedding: every entry over its prior sd."""
+    """``ordered_vector``. Head: a first number and positive gaps. Embedding: that number and the logarithms of the gaps, over
+    their prior sd: entries themselves leave small gaps between large ones unseen.
+    """
 
     def head(self, raw: Tensor) -> Tensor:
         """Cumulative sums."""
@@ -29,8 +31,8 @@ class Ordered(Elementwise):
         return _increasing(torch.cat([raw[..., :1], _exp(raw[..., 1:])], -1).cumsum(-1))
 
     def embed(self, value: Tensor) -> Tensor:
-        """The entries."""
-        return self.flatten(value)
+        """As the outputs of the head."""
+        return self.inverse(value)
 
     def inverse(self, value: Tensor) -> Tensor:
         """The first entry and the logarithms of the gaps."""

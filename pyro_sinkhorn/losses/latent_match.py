@@ -175,14 +175,13 @@ class LatentMatch:
         """Rows ``(particles, n, e)`` of every site of a group: embedded in the prior's unit, or as its cost wants it."""
         columns = []
         for name, cost in own.items():
-            unit = self.state.units[name]
-            if cost is not None:
-                columns.append(
-                    embedded(trace, name, group.plates, functools.partial(cost.columns, unit=unit))
-                )
-                continue
-            rows = embedded(trace, name, group.plates)
-            columns.append(geometry_of(trace.nodes[name]["fn"], name).finish(rows / unit.to(rows)))
+            rows = embedded(trace, name, group.plates, None if cost is None else cost.columns)
+            if cost is None or cost.in_units:
+                unit, centre = self.state.units[name], self.state.units.get(centre_of(name))
+                rows = rows if centre is None else rows - centre.to(rows)
+                geometry = geometry_of(trace.nodes[name]["fn"], name)
+                rows = geometry.finish(rows / unit.to(rows), heavy=centre is not None)
+            columns.append(rows)
         particles = max(rows.shape[0] for rows in columns)
         return [rows.expand(particles, -1, -1) for rows in columns]
 
@@ -227,10 +226,13 @@ class LatentMatch:
             if name not in self.state.units:
                 lay_out = functools.partial(embedded, name=name, plates=group.plates)
                 pooled = reference_rows(call.prior, first, lay_out)
-                unit = geometry_of(first.nodes[name]["fn"], name).unit(pooled)
+                geometry = geometry_of(first.nodes[name]["fn"], name)
+                unit, centre = geometry.unit(pooled), geometry.tails(pooled)
                 # One number for all columns would weigh a site in a plate inside the datum as if there were one of it.
                 copies = math.prod(p.size for p in plates_of(first.nodes[name]) if p not in group.plates)
                 self.state.units[name] = unit if unit.dim() else unit / math.sqrt(copies)
+                if centre is not None:
+                    self.state.units[centre_of(name)] = centre
         pooled = reference_rows(
             call.prior, first, lambda trace: torch.cat(self._columns(trace, group, own), -1)
         )
@@ -246,3 +248,8 @@ class LatentMatch:
 def factor_of(name: str) -> str:
     """Where the factor of a site's own cost is kept among the units."""
     return f"cost of {name}"
+
+
+def centre_of(name: str) -> str:
+    """Where the centre of a heavy-tailed site is kept among the units."""
+    return f"centre of {name}"

@@ -45,12 +45,14 @@ class SiteCost:
     cost: Cost
     geometry: Geometry
 
-    def columns(self, value: Tensor, unit: Tensor) -> Tensor:
-        """What this cost compares, ``(..., columns)``: values for a function, arcs in no unit, else the embedding."""
-        if callable(self.cost):
-            return self.geometry.flatten(value)
-        embedded = self.geometry.embed(value)
-        return embedded if self.cost == "geodesic" else self.geometry.finish(embedded / unit.to(embedded))
+    @property
+    def in_units(self) -> bool:
+        """Whether it compares embeddings in the prior's unit; arcs and functions know none."""
+        return isinstance(self.cost, str) and self.cost != "geodesic"
+
+    def columns(self, value: Tensor) -> Tensor:
+        """What this cost compares, ``(..., columns)``: values for a function, else the embedding."""
+        return self.geometry.flatten(value) if callable(self.cost) else self.geometry.embed(value)
 
     def matrix(self, x: Tensor, y: Tensor) -> Tensor:
         """``(n, m)`` of columns ``(n, k * width)`` and ``(m, k * width)``: k events in a row add up."""

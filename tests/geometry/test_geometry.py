@@ -9,7 +9,7 @@ from pyro.distributions import constraints
 from torch.distributions import transforms
 
 from pyro_sinkhorn.distributions import HypersphericalUniform, VonMisesFisher
-from pyro_sinkhorn.geometry import Circle, HalfLine, Interval, Real, Simplex, Sphere, geometry_of
+from pyro_sinkhorn.geometry import Circle, HalfLine, Interval, Ordered, Real, Simplex, Sphere, geometry_of
 
 DTYPES = [torch.float32, torch.float64]
 # torch says so of every draw whose smallest eigenvalue it cannot tell from 0, and draws again
@@ -382,3 +382,51 @@ def test_pi_and_minus_pi_are_one_angle():
 
 def test_repr():
     assert repr(Simplex(torch.Size([3]))) == "Simplex(event_shape=(3,))"
+
+
+def test_heavy_tails_are_measured_from_their_centre():
+    """Far from 0 a Cauchy is as far from itself as near it: the compression is about the median."""
+    distances = []
+    for loc in (0.0, 1e4):
+        torch.manual_seed(0)
+        geometry = geometry_of(dist.Cauchy(loc, 1.0))
+        embedded = geometry.embed(dist.Cauchy(loc, 1.0).sample((2000,)))
+        centre = geometry.tails(embedded)
+        finished = geometry.finish((embedded - centre) / geometry.unit(embedded), heavy=True)
+        distances.append(float(finished.std()))
+    assert distances[0] == pytest.approx(distances[1], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("draw", "heavy"),
+    [
+        (lambda: torch.randn(2000, 1), False),
+        (lambda: dist.Laplace(0.0, 1.0).sample((2000, 1)), False),
+        (lambda: torch.randn(2000, 1) * dist.HalfCauchy(1.0).sample((2000, 1)), True),
+        (lambda: torch.randn(2000, 1) * (1.5 * torch.randn(2000, 1)).exp(), True),
+        (lambda: torch.randn(2000, 1) * (torch.arange(2000) % 2)[:, None], False),
+    ],
+    ids=["normal", "laplace", "horseshoe", "funnel", "half of it 0"],
+)
+def test_scale_mixtures_have_heavy_tails(draw, heavy):
+    """The type of a conditional normal says light; its draws do not."""
+    geometry = Real(torch.Size())
+    points = draw()
+    assert (geometry.tails(points) is not None) == heavy
+    if heavy:
+        assert geometry.unit(points) < points.std(0)
+
+
+def test_an_interval_is_stretched_at_its_ends():
+    geometry = Interval(torch.Size(), 0.0, 1.0)
+    p = torch.tensor([0.0, 1e-4, 0.5, 1 - 1e-4, 1.0], requires_grad=True)
+    embedded = geometry.embed(p)
+    assert torch.allclose(embedded[:, 0], p.sqrt().asin(), atol=1e-6)
+    (gradient,) = torch.autograd.grad(embedded.sum(), p)
+    assert gradient.isfinite().all()
+
+
+def test_gaps_of_an_ordered_vector_count_by_their_ratio():
+    geometry = Ordered(torch.Size([3]))
+    one, other = torch.tensor([[0.0, 1e-6, 1.0]]), torch.tensor([[0.0, 1e-3, 1.0]])
+    assert (geometry.embed(one) - geometry.embed(other)).norm() > 5

@@ -152,7 +152,7 @@ def test_a_site_in_a_plate_inside_the_datum_adds_its_copies_up():
 def test_geodesics_of_angles():
     own = SiteCost("z", "geodesic", Circle(torch.Size([3])))
     a, b = torch.rand(4, 3) * 6, torch.rand(5, 3) * 6
-    x, y = (own.columns(v, torch.ones(())) for v in (a, b))
+    x, y = (own.columns(v) for v in (a, b))
     wrapped = torch.remainder(a[:, None] - b + math.pi, 2 * math.pi) - math.pi
     assert torch.allclose(own.matrix(x, y), wrapped.square().sum(-1))
 
@@ -160,7 +160,7 @@ def test_geodesics_of_angles():
 def test_geodesics_of_several_directions():
     own = SiteCost("z", "geodesic", Sphere(torch.Size([2, 3])))
     a, b = (HypersphericalUniform(3).sample((n, 2)) for n in (4, 5))
-    x, y = (own.columns(v, torch.ones(())) for v in (a, b))
+    x, y = (own.columns(v) for v in (a, b))
     arcs = torch.einsum("nki,mki->nmk", a, b).clamp(-1, 1).acos()
     assert torch.allclose(own.matrix(x, y), arcs.square().sum(-1))
 
@@ -282,3 +282,18 @@ def test_a_group_cost_without_plain_columns():
     cost = GroupCost([(2, SiteCost("z", "l1", Real(torch.Size([2]))), 2.0)])
     x, y = torch.randn(3, 2), torch.randn(4, 2)
     assert torch.allclose(cost(x, y), 2 * l1(x, y))
+
+
+def test_copies_inside_the_datum_have_units_of_their_own():
+    """A named cost sees rows in the units of their columns, of every copy."""
+
+    def model(x):
+        n, k = len(x), 3
+        with pyro.plate("data", n, dim=-2):
+            with pyro.plate("copies", k, dim=-1):
+                z = pyro.sample("z", dist.Normal(0.0, 5.0), infer={"sinkhorn": {"cost": "l1"}})
+            pyro.sample("x", dist.Normal(z[..., :2].unsqueeze(-2), 0.1).to_event(1), obs=x.unsqueeze(1))
+
+    ((_, y, mean, _),) = matched(model)
+    assert y.points.std() == pytest.approx(1, rel=0.3)
+    assert float(mean) == pytest.approx(2, rel=0.3)
