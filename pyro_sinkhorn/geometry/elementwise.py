@@ -19,7 +19,7 @@ class Real(Elementwise):
                    the tails
 
     The type does not tell of a scale mixture: a normal whose scale is a latent (funnel, horseshoe) has heavy tails though
-    every slice of it is normal. So draws whose standard deviation is above twice what the middle nine tenths of them say
+    every slice of it is normal. So draws whose standard deviation is above 1.5 times what the middle nine tenths of them say
     count as heavy, too; for a Laplace it is equal, for half normals and half zeros below.
     """
 
@@ -49,7 +49,7 @@ class Real(Elementwise):
     def tails(self, embedded: Tensor) -> Tensor | None:
         """The median, for heavy tails."""
         spread = _spread(embedded, 0.05)
-        seen = (embedded.std(0, correction=0) > 2 * spread) & (spread > 0)
+        seen = (embedded.std(0, correction=0) > 1.5 * spread) & (spread > 0)
         return embedded.median(0).values if self.heavy_tailed or bool(seen.any()) else None
 
     def finish(self, embedded: Tensor, heavy: bool = False) -> Tensor:
