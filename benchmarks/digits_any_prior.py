@@ -7,6 +7,7 @@ benchmarks/digits.py: the weight is chosen once on the validation digits with a 
 times that of an autoencoder (the same program without match and without noise). Three other seeds are then tested.
 
     python benchmarks/digits_any_prior.py
+    python benchmarks/digits_any_prior.py --only torus   # that prior anew, beside what is kept of the others
     python benchmarks/digits_any_prior.py --smoke-test
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import math
 import warnings
 from collections.abc import Callable
@@ -21,7 +23,7 @@ from typing import Any
 
 import pyro
 import torch
-from _report import write
+from _report import RESULTS, write
 from digits import Split, choose, energy_distance
 from scipy.stats import t as student
 from sklearn.neighbors import KNeighborsClassifier
@@ -127,6 +129,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", action="append", metavar="NAME", help="priors whose name contains this")
     parser.add_argument("--smoke-test", action="store_true")
     options = parser.parse_args()
     if options.smoke_test:
@@ -135,7 +138,13 @@ def main() -> None:
     torch.set_default_dtype(torch.float32)
     warnings.simplefilter("ignore", ConvergenceWarning)
     tuning, rows, baselines = [], [], {}
-    for prior in list(PRIORS)[: 2 if options.smoke_test else None]:
+    chosen = [prior for prior in PRIORS if not options.only or any(part in prior for part in options.only)]
+    if len(chosen) < len(PRIORS):
+        kept = json.loads((RESULTS / "digits_any_prior.json").read_text(encoding="utf-8"))
+        tuning = [row for row in kept["tuning"] if row["prior"] not in chosen]
+        rows = [row for row in kept["runs"] if row["prior"] not in chosen]
+        baselines = {p: value for p, value in kept["autoencoder_reconstruction"].items() if p not in chosen}
+    for prior in chosen[: 2 if options.smoke_test else None]:
         base = run(prior, 0.0, TUNING_SEED, options.steps, "validation")
         candidates = [
             run(prior, weight, TUNING_SEED, options.steps, "validation")

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import render_priors
 import render_simulators
 from _tables import ROOT, load, origin, table
 
@@ -196,6 +197,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "marginal": lambda: dependence("marginal"),
     "step parts": step_parts,
     **render_simulators.SECTIONS,
+    **render_priors.SECTIONS,
     "step ratio": lambda: f"{load('svi_step_cost')['table'][-1]['ratio_to_elbo']:.1f}",
 }
 
