@@ -1,5 +1,6 @@
 """Optimal transport on tensors; knows nothing of Pyro."""
 
+from pyro_sinkhorn.ot.cost import mahalanobis
 from pyro_sinkhorn.ot.divergence import DivergenceResult, sinkhorn_divergence
 from pyro_sinkhorn.ot.problem import ConvergenceWarning
 from pyro_sinkhorn.ot.rounding import round_plan
@@ -9,6 +10,7 @@ __all__ = [
     "ConvergenceWarning",
     "DivergenceResult",
     "SinkhornResult",
+    "mahalanobis",
     "round_plan",
     "sinkhorn",
     "sinkhorn_divergence",
