@@ -324,6 +324,7 @@ def sinkhorn_infer(model: Callable[..., Any] | None = None, **options: Any) -> A
     :param options: arguments of :class:`SinkhornProgram`
 
     >>> import pyro, pyro.distributions as dist
+    >>> from pyro_sinkhorn import Trace_Sinkhorn
     >>> @sinkhorn_infer(loss=Trace_Sinkhorn(prior_weight=30.0))
     ... def program(x):
     ...     with pyro.plate("data", len(x)):

@@ -682,7 +682,7 @@ BAD = {
     "a NaN": ({"a": math.nan * ones(12)}, r"weights a must be nonnegative and sum to 1; their sum is nan"),
     "unknown cost": (
         {"cost": "cosine"},
-        r"unknown cost 'cosine': expected one of \['euclidean', 'sqeuclidean'\]",
+        r"unknown cost 'cosine': expected one of \['euclidean', 'geodesic', 'l1', 'sqeuclidean'\]",
     ),
     "wrong cost": (
         {"cost": lambda x, y: x},
