@@ -108,7 +108,7 @@ def test_observed_sites_are_compared_jointly():
 def conditional(t, y):
     slope = pyro.param("slope", torch.tensor(-0.5))
     with pyro.plate("data", len(y)):
-        pyro.sample("y", Implicit(slope * t / 1000 + 0.3 * torch.randn(len(y))), obs=y)
+        pyro.sample("y", Implicit(slope * t * 1000 + 0.3 * torch.randn(len(y))), obs=y)
 
 
 @pytest.mark.parametrize(("covariates", "slope"), [("auto", 1.0), (lambda t, y: t, 1.0), (None, -1.0)])
@@ -117,7 +117,7 @@ def test_covariates_are_appended(covariates, slope):
     t = torch.randn(2000)
     found = fit(
         conditional,
-        1000 * t,  # in a unit of its own, which must not matter
+        t / 1000,  # in a unit of its own, which must not matter
         t + 0.3 * torch.randn(2000),
         num_steps=300,
         covariates=covariates,
