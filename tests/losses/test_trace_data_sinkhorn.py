@@ -108,16 +108,20 @@ def test_observed_sites_are_compared_jointly():
 def conditional(t, y):
     slope = pyro.param("slope", torch.tensor(-0.5))
     with pyro.plate("data", len(y)):
-        pyro.sample("y", Implicit(slope * t * 1000 + 0.3 * torch.randn(len(y))), obs=y)
+        pyro.sample("y", Implicit(slope * t + 0.3 * torch.randn(len(y))), obs=y)
 
 
 @pytest.mark.parametrize(("covariates", "slope"), [("auto", 1.0), (lambda t, y: t, 1.0), (None, -1.0)])
 def test_covariates_are_appended(covariates, slope):
     """With t symmetric both signs of the slope give the same outputs; without the pairs the nearer one wins."""
     t = torch.randn(2000)
+
+    def in_a_small_unit(t, y):
+        conditional(1000 * t, y)
+
     found = fit(
-        conditional,
-        t / 1000,  # in a unit of its own, which must not matter
+        in_a_small_unit,
+        t / 1000,  # the unit must not matter
         t + 0.3 * torch.randn(2000),
         num_steps=300,
         covariates=covariates,
