@@ -146,7 +146,7 @@ def make_program(prior: str, method: str, weight: float) -> SinkhornProgram:
         return SinkhornProgram(beta(model), beta(NormalGuide(10)), TraceMeanField_ELBO())
     loss = Trace_Sinkhorn(prior_weight=weight, debias="self" if method == "self" else "independent")
     if method == "mmd":
-        loss.latent_match = MMDMatch(loss.latent_match.options)
+        loss.matcher = MMDMatch(loss.latent_match.options)
     guide = functools.partial(AutoImplicit, noise_dim=0) if method == "autoencoder" else None
     return SinkhornProgram(model, guide, loss)
 

@@ -323,7 +323,7 @@ def make_loss(method: Method, settings: dict[str, Any], data: Data) -> Trace_Dat
         max_iters=MAX_ITERS,
     )
     if method.kind == "mmd":
-        loss.data_match = GaussianMMD(loss, settings["bandwidth"], data.x_train[:1000])
+        loss.matcher = GaussianMMD(loss, settings["bandwidth"], data.x_train[:1000])
     return loss
 
 

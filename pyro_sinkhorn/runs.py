@@ -95,7 +95,7 @@ def run_model(
     :param values: values for some sample sites and sub-samples
     :param stop_after: leave the model once all these sites were sampled; empty means run to its end. Where one of them
         drew NaN or infinity, the model is run again, twice at most, with a warning: some samplers do so in single
-        precision, once in a million draws
+        precision, now and then
     :param grad: whether to keep gradients
     """
     names, values = set(stop_after), values or {}
@@ -126,7 +126,7 @@ def _warn_of_redraw(site: Any) -> None:
     _WARNED.add((name, kind))
     warnings.warn(
         f"the prior of {name!r}, a {kind}, drew NaN or infinite values and was drawn again. Some samplers do so in single "
-        "precision, once in a million draws; double precision avoids it. This is said once",
+        "precision, now and then; double precision avoids it. This is said once",
         UserWarning,
         stacklevel=3,
     )

@@ -70,6 +70,14 @@ class Structure:
         return self.globals + self.locals
 
 
+def carried_along(group: Group, groups: tuple[Group, ...]) -> tuple[str, ...]:
+    """Sites of the groups around a group, whose plates are some of its own: it is compared together with them."""
+    names = {plate.name for plate in group.plates}
+    return tuple(
+        name for other in groups if {plate.name for plate in other.plates} < names for name in other.sites
+    )
+
+
 def sample_sites(trace: Trace) -> Iterator[tuple[str, Site]]:
     """Sample statements of a trace, the sub-sampling of plates left out."""
     for name, site in trace.nodes.items():

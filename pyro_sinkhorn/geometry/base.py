@@ -39,11 +39,13 @@ class Geometry:
 
     def head(self, raw: Tensor) -> Tensor:
         """``(..., num_raw)`` to ``(..., *event_shape)``: any real numbers to a value in the support."""
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} defines no head, so no guide can produce its values"
+        )
 
     def embed(self, value: Tensor) -> Tensor:
         """``(..., *event_shape)`` to ``(..., e)``, differentiable everywhere in the support, ends included."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines no embed, so its values cannot be compared")
 
     def inverse(self, value: Tensor) -> Tensor | None:
         """Raw outputs that :meth:`head` maps to ``value``, or None where there is no natural choice.

@@ -55,6 +55,7 @@ class SinkhornLoss(ELBO):
 
     def __init__(
         self,
+        matcher: Any,
         num_particles: int,
         vectorize_particles: bool,
         max_plate_nesting: float,
@@ -66,6 +67,8 @@ class SinkhornLoss(ELBO):
             max_plate_nesting=max_plate_nesting,
             retain_graph=retain_graph,
         )
+        #: What compares the clouds and owns what is estimated of them: a LatentMatch or a DataMatch.
+        self.matcher = matcher
         self._given_plate_nesting = max_plate_nesting
         self._initial_plate_nesting = self.max_plate_nesting  # before it is guessed from a program
         self.terms = Terms()
@@ -75,7 +78,7 @@ class SinkhornLoss(ELBO):
 
     def config(self) -> dict[str, Any]:
         """Arguments that make an equal loss."""
-        return {
+        return self.matcher.options.config() | {
             "num_particles": self.num_particles,
             "vectorize_particles": self.vectorize_particles,
             "max_plate_nesting": self._given_plate_nesting,
@@ -86,17 +89,18 @@ class SinkhornLoss(ELBO):
         """A copy that has seen no program: what another one needs."""
         other = copy.copy(self)
         other.max_plate_nesting = self._initial_plate_nesting
+        other.matcher = self.matcher.fresh()
         other.terms = Terms()
         other._checked_registration = False
         return other
 
-    @abstractmethod
     def state(self) -> dict[str, Any]:
         """What was estimated or learned, as tensors and numbers."""
+        return vars(self.matcher.state)
 
-    @abstractmethod
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from a :meth:`state`; other keys are left alone."""
+        self.matcher.state.load(state)
 
     def modules(self) -> dict[str, nn.Module]:
         """Networks that belong to the loss itself."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import pyro.distributions as dist
@@ -22,7 +21,7 @@ from pyro_sinkhorn.losses.learned_cost import LearnedCost
 from pyro_sinkhorn.losses.matching import MatchOptions, MatchState, gather, match
 from pyro_sinkhorn.losses.simulation import Simulation
 from pyro_sinkhorn.ot.cost import Cost, cost_matrix
-from pyro_sinkhorn.structure import Group, innermost
+from pyro_sinkhorn.structure import Group, carried_along, innermost
 
 Scale = Literal["site", "column"] | None
 #: Rows that a mean cost is estimated from, at most.
@@ -102,7 +101,10 @@ class DataMatch:
                 f"a LearnedCost has one network, but the observed sites {[group.name for group in call.groups]} are in "
                 "different plates and are compared apart: observe them in one plate, or take a fixed cost"
             )
-        return [self._compare_group(call, left, right, *found) for found in _carrying(call.groups)]
+        return [
+            self._compare_group(call, left, right, group, carried_along(group, call.groups))
+            for group in call.groups
+        ]
 
     def _compare_group(
         self, call: Simulation, left: Trace, right: Trace, group: Group, carried: tuple[str, ...]
@@ -160,9 +162,8 @@ class DataMatch:
             if name in self.state.units:
                 continue
             fn = call.observed.nodes[name]["fn"]
-            rows = embedded(call.observed, name, group.plates, data_geometry(fn, name).embed).flatten(0, 1)
-            rows = rows[weights > 0] if len(rows) == len(weights) else rows
-            spread = rows.var(0, correction=0)
+            rows = embedded(call.observed, name, group.plates, data_geometry(fn, name).embed)
+            spread = _present(rows, weights).var(0, correction=0)
             if self.scale == "site":
                 spread = spread.mean()
             unit = spread.sqrt() if self.scale is not None else torch.ones_like(spread.mean())
@@ -180,12 +181,9 @@ class DataMatch:
         beside = torch.cat([rows.to(found[0][1]) for _, rows in found], -1)
         key = f"covariates of {group.name}"
         if key not in self.state.units:
-            points = self._points(call.observed, group, carried).flatten(0, 1)
-            kept = weights > 0
-            spread = (
-                points[kept].var(0, correction=0).sum() if len(points) == len(kept) else points.var(0).sum()
-            )
-            mine = beside[kept].var(0, correction=0)
+            points = self._points(call.observed, group, carried)
+            spread = _present(points, weights).var(0, correction=0).sum()
+            mine = beside[weights > 0].var(0, correction=0)
             columns = (
                 torch.where(mine > 0, mine, torch.ones_like(mine)).sqrt()
                 * (mine > 0).sum().clamp_min(1).sqrt()
@@ -194,19 +192,9 @@ class DataMatch:
         return beside / self.state.units[key].to(beside)
 
 
-def _carrying(groups: tuple[Group, ...]) -> Iterator[tuple[Group, tuple[str, ...]]]:
-    """Groups, each with the observed sites of the plates around it, which it carries along."""
-    for group in groups:
-        names = {plate.name for plate in group.plates}
-        yield (
-            group,
-            tuple(
-                name
-                for other in groups
-                if {plate.name for plate in other.plates} < names
-                for name in other.sites
-            ),
-        )
+def _present(rows: Tensor, weights: Tensor) -> Tensor:
+    """Rows ``(particles, n, e)`` that are not masked out, of all particles, ``(k, e)``."""
+    return rows[:, weights > 0].flatten(0, 1)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from pyro_sinkhorn.losses.matching import MatchOptions, MatchState, gather, matc
 from pyro_sinkhorn.losses.prior import constant_trace, prior_trace, reference_rows, warn_if_gradient_lost
 from pyro_sinkhorn.losses.site_cost import GroupCost, SiteCost, check_names, site_cost
 from pyro_sinkhorn.ot.cost import Cost
-from pyro_sinkhorn.structure import Group, Structure, plates_of
+from pyro_sinkhorn.structure import Group, Structure, carried_along, plates_of
 
 Grouping = Literal["joint", "marginal"]
 
@@ -151,14 +151,7 @@ class LatentMatch:
                 for name in group.sites:
                     yield Group((name,), group.plates), ()
                 continue
-            names = {plate.name for plate in group.plates}
-            carried = tuple(
-                name
-                for other in structure.groups
-                if {plate.name for plate in other.plates} < names
-                for name in other.sites
-            )
-            yield group, carried
+            yield group, carried_along(group, structure.groups)
 
     def _own_costs(self, prior: Trace, group: Group, carried: tuple[str, ...]) -> dict[str, SiteCost | None]:
         """Sites of a group in the order of their columns, each with its own cost if it has one."""

@@ -143,12 +143,17 @@ class Trace_DataSinkhorn(SinkhornLoss):
             )
         if isinstance(cost, (nn.Module, type)):
             raise ValueError(f"cost is {cost!r}: for a network that learns, pass cost=LearnedCost(network)")
-        super().__init__(num_particles, vectorize_particles, max_plate_nesting, retain_graph)
-        self.weight = weight
         options = MatchOptions(
             debias, relative_epsilon, match_size, cost, tolerance, max_iters, backend, value, gradient
         )
-        self.data_match = DataMatch(options, scale, covariates)
+        matcher = DataMatch(options, scale, covariates)
+        super().__init__(matcher, num_particles, vectorize_particles, max_plate_nesting, retain_graph)
+        self.weight = weight
+
+    @property
+    def data_match(self) -> DataMatch:
+        """What compares the data."""
+        return self.matcher
 
     @property
     def learned_cost(self) -> LearnedCost | None:
@@ -163,22 +168,16 @@ class Trace_DataSinkhorn(SinkhornLoss):
             "scale": self.data_match.scale,
             "covariates": self.data_match.covariates,
         }
-        return self.data_match.options.config() | own | super().config()
-
-    def fresh(self) -> Trace_DataSinkhorn:
-        """A copy that has seen no data; the network of a learned cost is copied with its weights."""
-        other = super().fresh()
-        other.data_match = self.data_match.fresh()
-        return other
+        return super().config() | own
 
     def state(self) -> dict[str, Any]:
         """Units and mean costs of the data, and what a learned cost has learned."""
         learned = {} if self.learned_cost is None else {"learned_cost": self.learned_cost.state()}
-        return vars(self.data_match.state) | learned
+        return super().state() | learned
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from a :meth:`state`."""
-        self.data_match.state.load(state)
+        super().load_state(state)
         if self.learned_cost is not None and "learned_cost" in state:
             self.learned_cost.load_state(state["learned_cost"])
 

@@ -117,12 +117,17 @@ class Trace_Sinkhorn(SinkhornLoss):
             raise ValueError(
                 "a LearnedCost is trained by Trace_DataSinkhorn alone: give Trace_Sinkhorn a fixed cost"
             )
-        super().__init__(num_particles, vectorize_particles, max_plate_nesting, retain_graph)
-        self.prior_weight = prior_weight
         options = MatchOptions(
             debias, relative_epsilon, match_size, cost, tolerance, max_iters, backend, value, gradient
         )
-        self.latent_match = LatentMatch(options, groups, num_prior_batches)
+        matcher = LatentMatch(options, groups, num_prior_batches)
+        super().__init__(matcher, num_particles, vectorize_particles, max_plate_nesting, retain_graph)
+        self.prior_weight = prior_weight
+
+    @property
+    def latent_match(self) -> LatentMatch:
+        """What compares the latents."""
+        return self.matcher
 
     def config(self) -> dict[str, Any]:
         """Arguments that make an equal loss."""
@@ -131,21 +136,7 @@ class Trace_Sinkhorn(SinkhornLoss):
             "groups": self.latent_match.grouping,
             "num_prior_batches": self.latent_match.num_prior_batches,
         }
-        return self.latent_match.options.config() | own | super().config()
-
-    def fresh(self) -> Trace_Sinkhorn:
-        """A copy that has seen no prior: what another program needs."""
-        other = super().fresh()
-        other.latent_match = self.latent_match.fresh()
-        return other
-
-    def state(self) -> dict[str, Any]:
-        """Units and mean costs of the prior."""
-        return vars(self.latent_match.state)
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Go on with the units and mean costs of a :meth:`state`."""
-        self.latent_match.state.load(state)
+        return super().config() | own
 
     def _check_pair(self, guide: Any, model_trace: Trace) -> None:
         check_inputs(getattr(guide, "last_inputs", {}), model_trace)

@@ -15,7 +15,8 @@ from torch import nn
 
 from pyro_sinkhorn import Implicit, SinkhornProgram, Trace_DataSinkhorn
 from pyro_sinkhorn.losses.data_match import mean_cost_within
-from pyro_sinkhorn.losses.trace_data_sinkhorn import run_guide, run_simulated
+from pyro_sinkhorn.losses.scoring import run_guide
+from pyro_sinkhorn.losses.simulation import run_simulated
 
 
 def nothing(*_args):
