@@ -3,13 +3,14 @@
 from pyro_sinkhorn.distributions import Implicit
 from pyro_sinkhorn.geometry import register_geometry
 from pyro_sinkhorn.guide import AutoImplicit
-from pyro_sinkhorn.losses import Trace_DataSinkhorn, Trace_Sinkhorn
+from pyro_sinkhorn.losses import Trace_DataSinkhorn, Trace_Sinkhorn, TraceEnum_Sinkhorn
 from pyro_sinkhorn.program import SinkhornProgram, sinkhorn_infer
 
 __all__ = [
     "AutoImplicit",
     "Implicit",
     "SinkhornProgram",
+    "TraceEnum_Sinkhorn",
     "Trace_DataSinkhorn",
     "Trace_Sinkhorn",
     "register_geometry",

@@ -18,6 +18,7 @@ from torch import nn
 from pyro_sinkhorn import optimiser, state
 from pyro_sinkhorn.losses.base import SinkhornLoss
 from pyro_sinkhorn.losses.trace_data_sinkhorn import Trace_DataSinkhorn
+from pyro_sinkhorn.losses.trace_enum_sinkhorn import TraceEnum_Sinkhorn
 from pyro_sinkhorn.losses.trace_sinkhorn import Trace_Sinkhorn
 from pyro_sinkhorn.modules import Owned, shared_copy
 from pyro_sinkhorn.rng import RandomStream, undisturbed
@@ -156,7 +157,9 @@ def _make_lazy_parameters(module: nn.Module) -> None:
 
 
 #: Losses that a file can describe.
-_LOSSES: dict[str, type[SinkhornLoss]] = {cls.__name__: cls for cls in (Trace_Sinkhorn, Trace_DataSinkhorn)}
+_LOSSES: dict[str, type[SinkhornLoss]] = {
+    cls.__name__: cls for cls in (Trace_Sinkhorn, TraceEnum_Sinkhorn, Trace_DataSinkhorn)
+}
 
 
 def make_loss(saved: dict[str, Any]) -> SinkhornLoss | None:

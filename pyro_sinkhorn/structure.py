@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +76,21 @@ def carried_along(group: Group, groups: tuple[Group, ...]) -> tuple[str, ...]:
     return tuple(
         name for other in groups if {plate.name for plate in other.plates} < names for name in other.sites
     )
+
+
+def refuse_inner_plates(name: str, inner: Iterable[str]) -> None:
+    """A discrete latent may lie in data plates alone.
+
+    :param inner: its other plates
+    :raises ProgramError: there are some
+    """
+    found = sorted(inner)
+    if found:
+        raise ProgramError(
+            f"discrete latent {name!r} is in the plates {found}, which hold no observed site: they lie inside a datum, "
+            "which depends on all of its states jointly. Declare it as one site with an event dimension (.to_event), "
+            "whose joint states are enumerated"
+        )
 
 
 def sample_sites(trace: Trace) -> Iterator[tuple[str, Site]]:

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from pyro_sinkhorn.errors import ProgramError, checked_integer
 from pyro_sinkhorn.losses.base import SinkhornLoss
-from pyro_sinkhorn.losses.latent_match import Call, GroupMatch
+from pyro_sinkhorn.losses.call import Call
+from pyro_sinkhorn.losses.latent_match import GroupMatch
 from pyro_sinkhorn.losses.matching import MatchOptions
+from pyro_sinkhorn.losses.prior import fixed_values
 from pyro_sinkhorn.losses.scoring import (
     check_guide,
     log_density,
@@ -25,7 +27,7 @@ from pyro_sinkhorn.losses.scoring import (
 )
 from pyro_sinkhorn.losses.trace_data_sinkhorn import Trace_DataSinkhorn
 from pyro_sinkhorn.losses.trace_sinkhorn import Trace_Sinkhorn
-from pyro_sinkhorn.runs import run_model, subsamples
+from pyro_sinkhorn.runs import run_model
 from pyro_sinkhorn.structure import Group, structure_of
 
 
@@ -230,15 +232,13 @@ def _call(model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwarg
     guide_trace = run_guide(guide, args, kwargs)
     scored = run_scored(model, guide_trace, args, kwargs)
     structure = structure_of(scored)
-    check_guide(guide_trace, structure)
+    check_guide(guide_trace, structure, structure.locals)  # nothing is differentiated
     return Call(model, args, kwargs, structure, scored)
 
 
 def _draws_of_the_same_data(call: Call, guide: Callable[..., Any], num_draws: int) -> list[Call]:
     """Calls that differ in the local latents alone: sub-samples and globals are those of the first."""
-    values = {name: call.scored.nodes[name]["value"] for name in call.structure.globals} | subsamples(
-        call.scored
-    )
+    values = fixed_values(call.structure, call.scored)
     calls = []
     for _ in range(num_draws):
         guide_trace = run_model(guide, call.args, call.kwargs, values=values)

@@ -77,7 +77,7 @@ class Implicit(TorchDistribution):
                 f"value (shape {tuple(value.shape)}), but got {event_dim}"
             )
         self.value = value
-        self._support = _fit_support(support, event_dim)
+        self._support = fit_support(support, event_dim, "Implicit")
         batch_dim = value.dim() - event_dim
         super().__init__(value.shape[:batch_dim], value.shape[batch_dim:], validate_args=validate_args)
 
@@ -118,23 +118,27 @@ class Implicit(TorchDistribution):
         return self.value
 
 
-def _fit_support(support: Any, event_dim: int) -> Any:
+def fit_support(support: Any, event_dim: int, owner: str) -> Any:
+    """The constraint of a draw: real if none is given, with independent dimensions added where it has too few.
+
+    :param owner: the distribution's name, for errors
+    """
     if support is None:
         support = constraints.real
     if not isinstance(support, torch.distributions.constraints.Constraint):
         raise TypeError(
-            "Implicit: support must be a constraint such as pyro.distributions.constraints.simplex, "
+            f"{owner}: support must be a constraint such as pyro.distributions.constraints.simplex, "
             f"got {support!r}"
         )
     if constraints.is_dependent(support):
         raise ValueError(
-            f"Implicit: the support {support!r} depends on parameters that Implicit does not have; pass a "
+            f"{owner}: the support {support!r} depends on parameters that {owner} does not have; pass a "
             "complete one, for instance the support of a distribution instead of that of its class"
         )
     missing = event_dim - support.event_dim
     if missing < 0:
         raise ValueError(
-            f"Implicit: the support {support!r} describes events of {support.event_dim} dimensions, "
+            f"{owner}: the support {support!r} describes events of {support.event_dim} dimensions, "
             f"but event_dim is {event_dim}; pass event_dim={support.event_dim} or more"
         )
     return constraints.independent(support, missing) if missing else support

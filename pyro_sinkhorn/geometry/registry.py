@@ -13,6 +13,7 @@ from pyro.distributions import constraints
 from pyro_sinkhorn.geometry.base import Geometry
 from pyro_sinkhorn.geometry.composite import Pieces
 from pyro_sinkhorn.geometry.curved import Circle, Simplex, Sphere
+from pyro_sinkhorn.geometry.discrete import Boolean, Counts, Integers, OneHot
 from pyro_sinkhorn.geometry.elementwise import HalfLine, Interval, Real
 from pyro_sinkhorn.geometry.matrices import (
     CorrCholesky,
@@ -107,9 +108,9 @@ def _unknown(fn: Any, constraint: Any, site: str | None) -> str:
     where = f"latent site {site!r}: " if site is not None else ""
     if getattr(constraint, "is_discrete", False):
         return (
-            f"{where}{core} with event shape {tuple(fn.event_shape)} has the discrete support {constraint}: it is sampled "
-            "without a gradient, so no guide could learn to place it. Sum it out of the model (for a mixture: "
-            "MixtureSameFamily as likelihood), or state a continuous prior"
+            f"{where}{core} with event shape {tuple(fn.event_shape)} has the discrete support {constraint}: its states "
+            "cannot be listed, so no guide could give each a probability. Sum it out of the model (for a mixture: "
+            "MixtureSameFamily as likelihood), or take Bernoulli, Categorical, OneHotCategorical, Binomial or Poisson latents"
         )
     return (
         f"{where}{core} with event shape {tuple(fn.event_shape)} has the support {constraint}, for which there is no "
@@ -209,5 +210,20 @@ for _covariance in (constraints.positive_definite, constraints.positive_semidefi
     register_geometry(_covariance, lambda fn: PositiveDefinite(fn.event_shape))
 for _composite in (constraints.cat, constraints.stack):
     register_geometry(_composite, _pieces)
+
+
+def _integers(fn: Any) -> Geometry:
+    """Between ends that may differ along the batch, from the lowest to the highest."""
+    core, ends = _core(fn), base_support(fn)
+    low, high = torch.as_tensor(ends.lower_bound).min(), torch.as_tensor(ends.upper_bound).max()
+    listed = getattr(core, "has_enumerate_support", False)
+    dtype = core.enumerate_support(expand=False).dtype if listed else torch.get_default_dtype()
+    return Integers(fn.event_shape, int(low), int(high), dtype)
+
+
+register_geometry(constraints.boolean, lambda fn: Boolean(fn.event_shape))
+register_geometry(constraints.one_hot, lambda fn: OneHot(fn.event_shape))
+register_geometry(constraints.integer_interval, _integers)
+register_geometry(constraints.nonnegative_integer, lambda fn: Counts(fn.event_shape, fn))
 register_geometry(constraints.simplex, lambda fn: Simplex(fn.event_shape))
 register_geometry(constraints.sphere, lambda fn: Sphere(fn.event_shape))

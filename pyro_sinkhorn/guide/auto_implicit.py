@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, cast
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro.nn import PyroModule, PyroModuleList
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
-from pyro_sinkhorn.distributions.implicit import Implicit
-from pyro_sinkhorn.errors import NonFiniteError, ProgramError
+from pyro_sinkhorn.errors import ProgramError
 from pyro_sinkhorn.geometry.registry import geometry_of
 from pyro_sinkhorn.guide.encoder import DefaultEncoder, NoiseHead, check_device
 from pyro_sinkhorn.guide.global_guide import GLOBAL_GUIDES
-from pyro_sinkhorn.guide.layout import features_of, place_extra_plates, plate_shape, rows_of
+from pyro_sinkhorn.guide.layout import features_of, plate_shape, rows_of
+from pyro_sinkhorn.guide.make import make_group
 from pyro_sinkhorn.guide.observed import Observed, find_observed, read_observed
-from pyro_sinkhorn.guide.start import moments, stands_alone, start
+from pyro_sinkhorn.guide.produce import Produced, Recipe, entered
+from pyro_sinkhorn.guide.start import moments, stands_alone
+from pyro_sinkhorn.guide.states import DISCRETE, mass_beyond
 from pyro_sinkhorn.runs import check_appeared, preserved_buffers, run_model, subsamples
 from pyro_sinkhorn.structure import Group, Plate, Structure, plates_of, structure_of
 
@@ -50,6 +50,11 @@ class AutoImplicit(PyroModule):
         deterministic
     :param hidden: width of the network that mixes code and noise
     :param global_guide: ``"normal"`` or ``"delta"``
+    :param discrete: ``"enumerate"`` (default): discrete latents get a probability for every state, and continuous ones of
+        the same slice may depend on it; for :class:`~pyro_sinkhorn.TraceEnum_Sinkhorn`. ``"straight_through"``: hard
+        values with the gradient of a relaxation, biased, for :class:`~pyro_sinkhorn.Trace_Sinkhorn`; ``Bernoulli``
+        and ``OneHotCategorical`` only
+    :param temperature: of that relaxation
     :raises ProgramError: at the first call, for a model that the guide cannot serve, naming the site
 
     ``AutoImplicit`` learned by ``Trace_Sinkhorn`` is an encoder, not a posterior.
@@ -73,6 +78,8 @@ class AutoImplicit(PyroModule):
         noise_dim: int | None = None,
         hidden: int = 128,
         global_guide: Literal["normal", "delta"] = "normal",
+        discrete: Literal["enumerate", "straight_through"] = "enumerate",
+        temperature: float = 0.5,
     ) -> None:
         super().__init__(name=type(self).__name__)
         if encoder is not None and not isinstance(encoder, nn.Module):
@@ -81,6 +88,10 @@ class AutoImplicit(PyroModule):
             )
         if global_guide not in GLOBAL_GUIDES:
             raise ProgramError(f"global_guide is {global_guide!r}: expected one of {sorted(GLOBAL_GUIDES)}")
+        if discrete not in DISCRETE:
+            raise ProgramError(f"discrete is {discrete!r}: expected one of {sorted(DISCRETE)}")
+        if not temperature > 0:
+            raise ProgramError(f"temperature is {temperature}: expected a positive number")
         # In a tuple, so that a model that is a module does not become a part of its guide.
         self._model = (model,)
         self.encoder = encoder
@@ -88,12 +99,16 @@ class AutoImplicit(PyroModule):
         self._noise_dim = noise_dim
         self._hidden = hidden
         self._global_kind = global_guide
+        self._discrete, self._temperature = discrete, temperature
         self._make_empty()
         self._structure: Structure | None = None
         self._observed: list[Observed] = []
         self._pending_state: dict[str, Tensor] | None = None
         #: Values of the observed sites that the last call read, for the loss to check against the model's.
         self.last_inputs: dict[str, Tensor] = {}
+        #: Prior mass beyond the states of every count, at the last call.
+        self.lost_mass: dict[str, float] = {}
+        self._warned: set[str] = set()
 
     @property
     def model(self) -> Callable[..., Any]:
@@ -123,10 +138,11 @@ class AutoImplicit(PyroModule):
             for plate in plates.values()
         }
 
-        values: dict[str, Tensor] = {}
+        done = Produced()
+        values = done.values
         for name, guide in zip(structure.globals, self.global_guides, strict=True):
             site = prior.nodes[name]
-            with _entered(contexts, [plate.name for plate in plates_of(site)]):
+            with entered(contexts, [plate.name for plate in plates_of(site)]):
                 values[name] = guide(site["fn"])
         if values and structure.groups:
             # Again, now below the globals of this call: locals are produced relative to their prior.
@@ -138,8 +154,23 @@ class AutoImplicit(PyroModule):
             current = tuple(plates[plate.name] for plate in group.plates)
             code = self._encode(i, group, current, inputs, coarse_code, args, kwargs)
             coarse_code.append((current, code))
-            values |= self._sample_group(i, group, current, code, prior, contexts)
+            recipe = self._recipe(i, group)
+            recipe.sample(current, code, prior, contexts, done)
+            for name, head in recipe.state_heads.items():
+                self.lost_mass |= mass_beyond(name, prior.nodes[name]["fn"], head.values, self._warned)
         return values
+
+    def _recipe(self, i: int, group: Group) -> Recipe:
+        head = self.heads[i]
+        return Recipe(
+            group,
+            head if isinstance(head, NoiseHead) else None,
+            dict(cast(nn.ModuleDict, self.state_heads[i]).items()),
+            self._noise_dims[i],
+            f"{self._pyro_name}_noise_{i}",
+            self._relative,
+            self._temperature,
+        )
 
     def _encode(
         self,
@@ -195,50 +226,6 @@ class AutoImplicit(PyroModule):
             )
         return code.reshape(*plate_shape(plates), -1)
 
-    def _sample_group(
-        self,
-        i: int,
-        group: Group,
-        plates: tuple[Plate, ...],
-        code: Tensor,
-        prior: Trace,
-        contexts: dict[str, Any],
-    ) -> dict[str, Tensor]:
-        head, noise_dim = self.heads[i], self._noise_dims[i]
-        names = {plate.name for plate in plates}
-        values = {}
-        with _entered(contexts, [plate.name for plate in plates]):
-            noise = None
-            if noise_dim:
-                unit = dist.Normal(code.new_zeros(()), code.new_ones(())).expand([noise_dim]).to_event(1)
-                # A sample site, so that plates and vectorised particles each get their own.
-                noise = pyro.sample(f"{self._pyro_name}_noise_{i}", unit, infer={"is_auxiliary": True})
-                shape = torch.broadcast_shapes(noise.shape[:-1], code.shape[:-1])
-                code, noise = code.expand(*shape, -1), noise.expand(*shape, -1)
-            raw = head(code, noise)
-            column = 0
-            for name in group.sites:
-                fn, stack = prior.nodes[name]["fn"], plates_of(prior.nodes[name])
-                extra = [plate for plate in stack if plate.name not in names]
-                geometry = geometry_of(fn, name)
-                n_raw = geometry.num_raw * math.prod(plate.size for plate in extra)
-                part = place_extra_plates(raw[..., column : column + n_raw], extra)
-                column += n_raw
-                if name in self._relative:
-                    found = moments(fn, geometry)
-                    if found is None:
-                        raise NonFiniteError(
-                            f"latent site {name!r}: the mean or standard deviation of its prior is NaN, infinite or zero "
-                            "in this batch, though not in the first: the covariates are, or the network that makes the "
-                            "prior diverged"
-                        )
-                    part = found[0] + found[1] * part
-                value = geometry.head(part.to(prior.nodes[name]["value"].dtype))
-                with _entered(contexts, [plate.name for plate in extra]):
-                    implicit = Implicit(value, event_dim=len(geometry.event_shape), support=fn.support)
-                    values[name] = pyro.sample(name, implicit)
-        return values
-
     def _run_observed(self, args: Any, kwargs: Any, indices: dict[str, Tensor]) -> Trace:
         names = [observed.name for observed in self._observed]
         return run_model(self.model, args, kwargs, values=indices, stop_after=names)
@@ -247,6 +234,7 @@ class AutoImplicit(PyroModule):
 
     def _make_empty(self) -> None:
         self.heads, self.encoders = nn.ModuleList(), nn.ModuleList()
+        self.state_heads = nn.ModuleList()  # a dictionary of them for every group
         self.global_guides = PyroModuleList([])  # a plain list would give parameters of all of them one name
 
     @torch.no_grad()
@@ -267,16 +255,17 @@ class AutoImplicit(PyroModule):
         again = run_model(self.model, args, kwargs, values=shared, stop_after=structure.latents)
         for run in (*draws, again):
             check_appeared(run, structure.latents)
-        self._relative = {
+        self._relative = frozenset(
             name
             for name in structure.locals
             if stands_alone(draws[0], again, name)
             and moments(again.nodes[name]["fn"], geometry_of(again.nodes[name]["fn"], name)) is not None
-        }
+        )
         inputs = {name: whole.nodes[name]["value"] for name in structure.data}
         coarse: list[tuple[tuple[Plate, ...], Tensor]] = []
+        done = Produced()
         for i, group in enumerate(structure.groups):
-            self._make_networks(i, group, structure, inputs, draws, coarse, args, kwargs)
+            self._make_networks(i, group, inputs, draws, coarse, done, args, kwargs)
         self._structure = structure
         self.train(self.training)
         if self._pending_state is not None:
@@ -285,7 +274,9 @@ class AutoImplicit(PyroModule):
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """As in torch; before the first call, when there are no networks yet, the state waits for them."""
-        made = any(name.startswith(("heads.", "encoders.", "global_guides.")) for name in state_dict)
+        made = any(
+            name.startswith(("heads.", "encoders.", "global_guides.", "state_heads.")) for name in state_dict
+        )
         if self._structure is None and made:
             self._pending_state = dict(state_dict)
             return torch.nn.modules.module._IncompatibleKeys([], [])
@@ -301,20 +292,20 @@ class AutoImplicit(PyroModule):
         self,
         i: int,
         group: Group,
-        structure: Structure,
         inputs: Any,
         draws: list[Trace],
         coarse: Any,
+        done: Produced,
         args: Any,
         kwargs: Any,
     ) -> None:
-        value = draws[0].nodes[group.sites[0]]["value"]
-        factory = {"device": value.device, "dtype": value.dtype if value.is_floating_point() else None}
         if self.encoder is None:
             if self._encoder_input is not None:
                 features = rows_of(self._encoder_input(*args, **kwargs), group.plates, group.name)
             else:
                 features = features_of(self._observed, inputs, group.plates)
+            value = draws[0].nodes[group.sites[0]]["value"]
+            factory = {"device": value.device, "dtype": value.dtype if value.is_floating_point() else None}
             encoder = DefaultEncoder(features.shape[-1]).to(**factory)
             check_device(encoder, features)
             encoder.standardise.fit(features.flatten(0, -2))
@@ -322,28 +313,24 @@ class AutoImplicit(PyroModule):
         with preserved_buffers():
             code = self._encode(i, group, group.plates, inputs, coarse, args, kwargs)
         coarse.append((group.plates, code))
-        names = {plate.name for plate in group.plates}
-        locs, scales = [], []
-        for name in group.sites:
-            site = draws[0].nodes[name]
-            copies = math.prod(plate.size for plate in plates_of(site) if plate.name not in names)
-            loc, scale = start(name, draws)
-            if name in self._relative:
-                loc, scale = torch.zeros_like(loc), torch.ones_like(scale)
-            locs.append(loc.to(code).repeat(copies))
-            scales.append(scale.to(code).repeat(copies))
-        num_raw = sum(len(loc) for loc in locs)
-        noise_dim = num_raw if self._noise_dim is None else self._noise_dim
-        head = NoiseHead(code.shape[-1], noise_dim, num_raw, self._hidden).to(**factory)
-        head.loc.copy_(torch.cat(locs))
-        head.scale.copy_(torch.cat(scales))
+        pending = self._pending_state or {}
+        prefix, suffix = f"state_heads.{i}.", ".values"
+        states_before = {
+            key[len(prefix) : -len(suffix)]: value
+            for key, value in pending.items()
+            if key.startswith(prefix) and key.endswith(suffix)
+        }
+        state_heads, head, noise_dim = make_group(
+            group,
+            draws,
+            code,
+            done,
+            self._relative,
+            self._discrete == "enumerate",
+            self._noise_dim,
+            self._hidden,
+            states_before,
+        )
+        self.state_heads.append(state_heads)
         self.heads.append(head)
         self._noise_dims.append(noise_dim)
-
-
-@contextmanager
-def _entered(contexts: dict[str, Any], names: list[str]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for name in names:
-            stack.enter_context(contexts[name])
-        yield

@@ -3,6 +3,7 @@
 from pyro_sinkhorn.losses.base import Terms
 from pyro_sinkhorn.losses.learned_cost import LearnedCost
 from pyro_sinkhorn.losses.trace_data_sinkhorn import Trace_DataSinkhorn
+from pyro_sinkhorn.losses.trace_enum_sinkhorn import TraceEnum_Sinkhorn
 from pyro_sinkhorn.losses.trace_sinkhorn import Trace_Sinkhorn
 
-__all__ = ["LearnedCost", "Terms", "Trace_DataSinkhorn", "Trace_Sinkhorn"]
+__all__ = ["LearnedCost", "Terms", "TraceEnum_Sinkhorn", "Trace_DataSinkhorn", "Trace_Sinkhorn"]

@@ -116,9 +116,13 @@ class SinkhornLoss(ELBO):
 
     def __repr__(self) -> str:
         """The arguments that differ from the defaults."""
-        defaults = {name: p.default for name, p in inspect.signature(type(self)).parameters.items()}
+        defaults = self._defaults()
         said = [f"{name}={value!r}" for name, value in self.config().items() if value != defaults.get(name)]
         return f"{type(self).__name__}({', '.join(said)})"
+
+    def _defaults(self) -> dict[str, Any]:
+        """Defaults of the arguments."""
+        return {name: p.default for name, p in inspect.signature(type(self)).parameters.items()}
 
     def before_step(self, model: Any, guide: Any, draw: Callable[[], Batch]) -> None:
         """Called by ``fit`` before every step.

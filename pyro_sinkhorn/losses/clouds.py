@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pyro_sinkhorn.errors import NonFiniteError, ProgramError
 from pyro_sinkhorn.geometry.registry import geometry_of
+from pyro_sinkhorn.losses.states import JointStates
 from pyro_sinkhorn.structure import PARTICLE_PLATE, Group, Plate, Site, parameters_of
 
 
@@ -31,11 +32,25 @@ class Cloud:
     points:  ``(particles, n, e)``, in the prior's unit
     units:   ``(n,)``, equal for slices of one datum, which are never separated; None when every point is a unit
     weights: ``(n,)``, relative; None when all are equal
+    states:  where the points would be in each of the states that a guide enumerated
     """
 
     points: Tensor
     units: Tensor | None = None
     weights: Tensor | None = None
+    states: CloudStates | None = None
+
+
+@dataclass(frozen=True)
+class CloudStates:
+    """Every point of a cloud in every joint state of its discrete latents.
+
+    points:        ``(particles, n, s, e)``, detached
+    probabilities: ``(particles, n, s)``, of the guide, with a gradient
+    """
+
+    points: Tensor
+    probabilities: Tensor
 
 
 def slices(trace: Trace, group: Group) -> tuple[Tensor, float]:
@@ -58,12 +73,17 @@ def slices(trace: Trace, group: Group) -> tuple[Tensor, float]:
 
 
 def embedded(
-    trace: Trace, name: str, plates: tuple[Plate, ...], columns: Callable[[Tensor], Tensor] | None = None
+    trace: Trace,
+    name: str,
+    plates: tuple[Plate, ...],
+    columns: Callable[[Tensor], Tensor] | None = None,
+    states: JointStates | None = None,
 ) -> Tensor:
     """Rows ``(particles, n, columns)`` of one site, embedded, in the geometry's own unit.
 
     :param plates: plates whose slices become rows; a site outside some of them is repeated along those
     :param columns: ``(batch..., *event)`` to ``(batch..., e)``; by default the embedding of the registered geometry
+    :param states: joint states that the trace runs through; the rows are then ``(particles, n, states, columns)``
     :raises NonFiniteError: a value is NaN or infinite
     """
     site = trace.nodes[name]
@@ -74,7 +94,11 @@ def embedded(
         raise NonFiniteError(
             f"latent site {name!r}: {bad} of {value.numel()} values of shape {tuple(value.shape)} are NaN or infinite"
         )
-    return rows(columns(value), _particles(site), plates)
+    if states is None:
+        return rows(columns(value), particles_of(site), plates)
+    table = columns(states.at_all(value, site["fn"].event_dim)).movedim(0, -2)
+    laid_out = rows(table.flatten(-2), particles_of(site), plates).unflatten(-1, (-1, *table.shape[-2:]))
+    return laid_out.transpose(2, 3).flatten(-2)
 
 
 def rows(columns: Tensor, n_particles: int, plates: tuple[Plate, ...]) -> Tensor:
@@ -114,7 +138,7 @@ def varying_parameters(constant: Trace, group: Group) -> Tensor | None:
             if all(-plate.dim > len(batch) or batch[plate.dim] == 1 for plate in group.plates):
                 continue
             columns = parameter.detach().reshape(*batch, -1)
-            laid_out = rows(columns, _particles(site), group.plates)
+            laid_out = rows(columns, particles_of(site), group.plates)
             spread = laid_out - laid_out[:, :1]
             if bool((spread.abs() > 1e-6 * (1 + laid_out.abs())).any()):
                 found.append(laid_out)
@@ -124,7 +148,7 @@ def varying_parameters(constant: Trace, group: Group) -> Tensor | None:
     return torch.cat([rows_.expand(particles, -1, -1) for rows_ in found], -1)
 
 
-def make_cloud(points: Tensor, weights: Tensor, group: Group) -> Cloud:
+def make_cloud(points: Tensor, weights: Tensor, group: Group, states: CloudStates | None = None) -> Cloud:
     """Drop rows of weight zero, name the unit of each row, and keep weights only where they differ."""
     units: Tensor | None = None
     if len(group.plates) > 1:
@@ -135,11 +159,14 @@ def make_cloud(points: Tensor, weights: Tensor, group: Group) -> Cloud:
     if not bool(keep.all()):
         points, weights = points[:, keep], weights[keep]
         units = None if units is None else units[keep]
+        if states is not None:
+            states = CloudStates(states.points[:, keep], states.probabilities[:, keep])
     equal = bool((weights == weights[0]).all())
-    return Cloud(points, units, None if equal else weights.to(points.dtype))
+    return Cloud(points, units, None if equal else weights.to(points.dtype), states)
 
 
-def _particles(site: Site) -> int:
+def particles_of(site: Site) -> int:
+    """How many vectorised particles a site holds."""
     return next((frame.size for frame in site["cond_indep_stack"] if frame.name == PARTICLE_PLATE), 1)
 
 
@@ -158,6 +185,6 @@ def _slice_weights(weight: Tensor, site: Site, group: Group) -> Tensor:
     """``(n,)`` from a scale or mask that broadcasts with the batch of its site."""
     if weight.dim() == 0:
         return weight.expand(math.prod(plate.size for plate in group.plates))
-    laid_out = rows(weight.unsqueeze(-1), _particles(site), group.plates)
+    laid_out = rows(weight.unsqueeze(-1), particles_of(site), group.plates)
     # Particles share a mask; a mask along a plate inside the datum leaves the datum in as long as anything is.
     return laid_out.amax((0, -1))

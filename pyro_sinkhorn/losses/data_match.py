@@ -28,19 +28,8 @@ Scale = Literal["site", "column"] | None
 _REFERENCE = 1024
 
 
-class Classes(Geometry):
-    """Categorical data as one-hot rows; nothing produces them, so there is no head."""
-
-    def __init__(self, num_classes: int) -> None:
-        super().__init__(torch.Size(), dim=num_classes)
-
-    def embed(self, value: Tensor) -> Tensor:
-        """One-hot rows, in the default floating dtype."""
-        return torch.nn.functional.one_hot(value.long(), self.dim).to(torch.get_default_dtype())
-
-
-class Counts(Real):
-    """Counts and booleans as the numbers they are."""
+class Numbers(Real):
+    """Counts and booleans as the numbers they are: data far from the simulated ones must be seen to be far."""
 
     def embed(self, value: Tensor) -> Tensor:
         """The numbers, flattened."""
@@ -48,11 +37,10 @@ class Counts(Real):
 
 
 def data_geometry(fn: Any, name: str) -> Geometry:
-    """How values of an observed site are laid out as points; data, unlike latents, may be discrete."""
-    if isinstance(innermost(fn), dist.Categorical):
-        return Classes(innermost(fn).param_shape[-1])
-    if getattr(fn.support, "is_discrete", False):
-        return Counts(fn.event_shape)
+    """How values of an observed site are laid out as points."""
+    labels = isinstance(innermost(fn), dist.Categorical)
+    if getattr(fn.support, "is_discrete", False) and not labels:
+        return Numbers(fn.event_shape)
     return geometry_of(fn, name)
 
 

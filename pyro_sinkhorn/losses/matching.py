@@ -148,6 +148,7 @@ def match(
             units_x=x.units,
             units_y=y.units,
             shared_units=paired,
+            candidates=None if x.states is None else x.states.points,
             tolerance=options.tolerance,
             max_iters=options.max_iters,
             backend=options.backend,
@@ -169,7 +170,12 @@ def match(
             ConvergenceWarning,
             stacklevel=2,
         )
-    return result.value / mean
+    value = result.value
+    if x.states is not None and result.variation is not None:
+        # To first order, what a change of the states' probabilities changes: of value zero, the drawn states are counted.
+        moved = (x.states.probabilities * result.variation).sum((-2, -1))
+        value = value + moved - moved.detach()
+    return value / mean
 
 
 def _first_time(warned: set[str] | None, what: str) -> bool:

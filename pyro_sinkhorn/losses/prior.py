@@ -20,6 +20,11 @@ from pyro_sinkhorn.structure import Structure, parameters_of
 Model = Callable[..., Any]
 
 
+def fixed_values(structure: Structure, scored: Trace) -> dict[str, Tensor]:
+    """What every auxiliary run shares with a scored trace: its globals and sub-samples."""
+    return {name: scored.nodes[name]["value"] for name in structure.globals} | subsamples(scored)
+
+
 def prior_trace(
     model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], structure: Structure, scored: Trace
 ) -> Trace:
@@ -27,7 +32,7 @@ def prior_trace(
 
     :raises ProgramError: the prior cannot be sampled, or a latent of the scored trace did not appear
     """
-    values = {name: scored.nodes[name]["value"] for name in structure.globals} | subsamples(scored)
+    values = fixed_values(structure, scored)
     trace = run_model(model, args, kwargs, values=values, stop_after=structure.locals, grad=True)
     check_appeared(trace, structure.locals)
     return trace
@@ -42,7 +47,7 @@ def constant_trace(
     prior: Trace,
 ) -> Trace:
     """The model run with every local latent equal in all slices: what then varies comes from covariates."""
-    values = {name: scored.nodes[name]["value"] for name in structure.globals} | subsamples(scored)
+    values = fixed_values(structure, scored)
     for group in structure.groups:
         for name in group.sites:
             site = prior.nodes[name]

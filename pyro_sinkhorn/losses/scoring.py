@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -19,9 +20,10 @@ from pyro_sinkhorn.explain import explained
 from pyro_sinkhorn.structure import Site, Structure, innermost, is_data, is_latent, plates_of, sample_sites
 
 
-def check_guide(guide: Trace, structure: Structure) -> None:
+def check_guide(guide: Trace, structure: Structure, enumerated: Collection[str] = ()) -> None:
     """A guide must produce every latent, locals with a gradient and globals with a density.
 
+    :param enumerated: sites whose states are all laid out, which need no gradient of their values
     :raises ProgramError: naming the site and the way out
     """
     produced = {name: site for name, site in sample_sites(guide) if is_latent(site)}
@@ -38,9 +40,18 @@ def check_guide(guide: Trace, structure: Structure) -> None:
             "them, or mark noise as auxiliary with infer={'is_auxiliary': True}"
         )
     for name in structure.locals:
-        if not getattr(produced[name]["fn"], "has_rsample", False):
+        fn = produced[name]["fn"]
+        if name in enumerated:
+            continue
+        if _is_discrete(fn):
             raise ProgramError(
-                f"guide site {name!r} is a {_kind(produced[name]['fn'])}, which is sampled without a gradient "
+                f"guide site {name!r} is a {_kind(fn)}, a discrete latent, whose values pass no gradient: use "
+                "TraceEnum_Sinkhorn, which enumerates states (those of vectors through distributions.Finite), or "
+                "AutoImplicit(..., discrete='straight_through')"
+            )
+        if not getattr(fn, "has_rsample", False):
+            raise ProgramError(
+                f"guide site {name!r} is a {_kind(fn)}, which is sampled without a gradient "
                 "(has_rsample is False): use Implicit, Delta or a reparametrised distribution"
             )
     for name in structure.globals:
@@ -91,10 +102,18 @@ def check_inputs(read: dict[str, Tensor], model: Trace) -> None:
             )
 
 
-def log_density(trace: Trace, names: set[str], owner: str) -> Tensor:
+def log_density(
+    trace: Trace,
+    names: set[str],
+    owner: str,
+    total_of: Callable[[str, Site], Tensor] | None = None,
+    max_plate_nesting: float = float("inf"),
+) -> Tensor:
     """Sum of scaled and masked log densities of some sites.
 
     :param owner: ``"model"`` or ``"guide"``, for errors
+    :param total_of: how one scored site adds up; by default a plain sum
+    :param max_plate_nesting: dimensions further left are enumerated states
     :raises ProgramError: a value that its distribution cannot score, or a missing plate
     """
     total: Tensor | float = 0.0
@@ -108,8 +127,8 @@ def log_density(trace: Trace, names: set[str], owner: str) -> Tensor:
             except (ValueError, RuntimeError, IndexError, TypeError, NotImplementedError) as error:
                 raise ProgramError(_unscored(name, site, owner, error)) from error
             if is_validation_enabled():
-                check_site_shape(site, max_plate_nesting=float("inf"))  # type: ignore[arg-type]
-        total = total + site["log_prob_sum"]
+                check_site_shape(site, max_plate_nesting)  # type: ignore[arg-type]
+        total = total + (site["log_prob_sum"] if total_of is None else total_of(name, site))
     return torch.as_tensor(total)
 
 
@@ -237,6 +256,12 @@ def renormalised(value: Tensor, support: Any) -> Tensor:
 
 def _kind(fn: Any) -> str:
     return type(innermost(fn)).__name__
+
+
+def _is_discrete(fn: Any) -> bool:
+    if getattr(fn, "has_rsample", False):
+        return False
+    return getattr(fn, "has_enumerate_support", False) or getattr(fn.support, "is_discrete", False)
 
 
 def _is_implicit(fn: Any) -> bool:

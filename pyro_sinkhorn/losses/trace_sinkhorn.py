@@ -3,7 +3,7 @@ r"""Sinkhorn latent matching as a loss for :class:`pyro.infer.SVI`."""
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pyro.infer.util import torch_item
@@ -12,7 +12,9 @@ from torch import Tensor
 
 from pyro_sinkhorn.errors import NonFiniteError, ProgramError
 from pyro_sinkhorn.losses.base import SinkhornLoss, Terms
-from pyro_sinkhorn.losses.latent_match import Call, LatentMatch
+from pyro_sinkhorn.losses.call import Call
+from pyro_sinkhorn.losses.cliques import Grouping, check_grouping
+from pyro_sinkhorn.losses.latent_match import LatentMatch
 from pyro_sinkhorn.losses.learned_cost import LearnedCost
 from pyro_sinkhorn.losses.matching import MatchOptions
 from pyro_sinkhorn.losses.scoring import (
@@ -25,9 +27,10 @@ from pyro_sinkhorn.losses.scoring import (
     scored_sites,
 )
 from pyro_sinkhorn.losses.site_cost import GivenCost
+from pyro_sinkhorn.losses.states import Enumeration
 from pyro_sinkhorn.ot.checks import Gradient, Value
 from pyro_sinkhorn.ot.divergence import Debias
-from pyro_sinkhorn.structure import structure_of
+from pyro_sinkhorn.structure import Structure, structure_of
 
 
 class Trace_Sinkhorn(SinkhornLoss):
@@ -52,8 +55,10 @@ class Trace_Sinkhorn(SinkhornLoss):
         cannot be told apart (benchmarks/no_shrinkage.py --sweep)
     :param match_size: units in each half-cloud, at most half of the batch. The divergence between unequal laws depends
         on it, so it is fixed instead of following the batch; larger batches are cut into blocks
-    :param groups: ``"joint"``: latents of one plate stack are matched together. ``"marginal"``: site by site, which
-        loses their dependence, for comparison
+    :param groups: which latents are matched together, each clique with an equal share of the weight. ``"joint"``
+        (default): all of one plate stack. ``"markov"``: every latent with its parents in the model's graph, for priors of
+        many latents that factorise, such as time series. ``"marginal"``: site by site, which loses their dependence.
+        ``[("z_0", "z_1"), ("z_1", "z_2")]``: as given. See docs/structure.md for when each is right
     :param num_prior_batches: independent prior clouds a step; more reduce the variance of the gradient
     :param debias: ``"independent"`` (unbiased on minibatches), ``"self"`` (shrinks latents) or None, for comparison
     :param cost: ground cost. None (default): that of every site, which is the squared distance of its embedding unless the
@@ -93,7 +98,7 @@ class Trace_Sinkhorn(SinkhornLoss):
         prior_weight: float = 10.0,
         relative_epsilon: float = 0.1,
         match_size: int = 64,
-        groups: Literal["joint", "marginal"] = "joint",
+        groups: Grouping = "joint",
         num_prior_batches: int = 1,
         debias: Debias = "independent",
         cost: GivenCost = None,
@@ -111,8 +116,6 @@ class Trace_Sinkhorn(SinkhornLoss):
             raise ValueError(f"prior_weight is {prior_weight}: expected a number of at least 0")
         if num_prior_batches < 1:
             raise ValueError(f"num_prior_batches is {num_prior_batches}: expected at least 1")
-        if groups not in ("joint", "marginal"):
-            raise ValueError(f"groups is {groups!r}: expected 'joint' or 'marginal'")
         if isinstance(cost, LearnedCost):
             raise ValueError(
                 "a LearnedCost is trained by Trace_DataSinkhorn alone: give Trace_Sinkhorn a fixed cost"
@@ -120,7 +123,7 @@ class Trace_Sinkhorn(SinkhornLoss):
         options = MatchOptions(
             debias, relative_epsilon, match_size, cost, tolerance, max_iters, backend, value, gradient
         )
-        matcher = LatentMatch(options, groups, num_prior_batches)
+        matcher = LatentMatch(options, check_grouping(groups), num_prior_batches)
         super().__init__(matcher, num_particles, vectorize_particles, max_plate_nesting, retain_graph)
         self.prior_weight = prior_weight
 
@@ -141,21 +144,35 @@ class Trace_Sinkhorn(SinkhornLoss):
     def _check_pair(self, guide: Any, model_trace: Trace) -> None:
         check_inputs(getattr(guide, "last_inputs", {}), model_trace)
 
+    def _enumeration(self, guide: Trace, scored: Trace, structure: Structure) -> Enumeration | None:
+        """The states that the guide enumerated, with one of them drawn a datum; here it enumerates none."""
+        return None
+
     def _one(self, model: Any, scored: Trace, guide: Trace, args: Any, kwargs: Any) -> tuple[Tensor, Terms]:
         structure = structure_of(scored)
-        check_guide(guide, structure)
+        enumeration = self._enumeration(guide, scored, structure)
+        check_guide(
+            guide, structure, () if enumeration is None else [site.name for site in enumeration.sites]
+        )
         n_particles = self.num_particles if self.vectorize_particles else 1
         try:
             check_supports(scored, structure)
-            log_likelihood = log_density(scored, scored_sites(scored), "model") / n_particles
+            if enumeration is None:
+                log_likelihood = log_density(scored, scored_sites(scored), "model")
+                at_drawn = scored
+            else:
+                log_likelihood = log_density(
+                    scored, scored_sites(scored), "model", enumeration.expectation, self.max_plate_nesting
+                )
+                at_drawn = enumeration.at_drawn(scored)
+            log_likelihood = log_likelihood / n_particles
             log_ratio = torch.zeros(())
             if structure.globals:
                 names = set(structure.globals)
                 log_ratio = log_density(guide, names, "guide") - log_density(scored, names, "model")
                 log_ratio = log_ratio / n_particles
-            matches = (
-                self.latent_match(Call(model, args, kwargs, structure, scored)) if self.prior_weight else []
-            )
+            call = Call(model, args, kwargs, structure, at_drawn, enumeration)
+            matches = self.latent_match(call) if self.prior_weight else []
         except (NonFiniteError, ProgramError) as error:
             # A NaN upstream shows first as somebody else's complaint: report the cause, not the symptom.
             raise (blame(scored, guide, structure) or error) from error

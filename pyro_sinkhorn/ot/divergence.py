@@ -32,6 +32,7 @@ from pyro_sinkhorn.ot.checks import (
     check_weights,
 )
 from pyro_sinkhorn.ot.cost import Cost
+from pyro_sinkhorn.ot.extension import Moves
 from pyro_sinkhorn.ot.halves import Half, Halves, draw_halves
 from pyro_sinkhorn.ot.sinkhorn import sinkhorn
 
@@ -53,6 +54,9 @@ class DivergenceResult:
     marginal_error:   the largest among the problems solved
     n_iters:          iterations of the slowest problem
     converged:        whether every problem reached the tolerance
+    variation:        ``(..., n, s)``, first variation of the value in the mass at each of the ``candidates``, times the
+                      weight of their point: differences along the last dimension are what moving it would change, to
+                      first order. Detached; zero for points left out of the halves; None without candidates
     """
 
     value: Tensor
@@ -62,6 +66,7 @@ class DivergenceResult:
     marginal_error: Tensor
     n_iters: int
     converged: Tensor
+    variation: Tensor | None = None
 
 
 def sinkhorn_divergence(
@@ -80,6 +85,7 @@ def sinkhorn_divergence(
     units_x: Tensor | None = None,
     units_y: Tensor | None = None,
     shared_units: bool = False,
+    candidates: Tensor | None = None,
     tolerance: float | None = None,
     max_iters: int = 2_000,
     backend: str = "log",
@@ -109,6 +115,8 @@ def sinkhorn_divergence(
     :param units_y: integers ``(m,)``
     :param shared_units: the clouds are paired unit by unit and only the pairings ``(x1, y2)``, ``(x2, y1)`` are
         used
+    :param candidates: other places that each point of ``x`` might be at, ``(..., n, s, d)``; see ``variation`` of the
+        result
     :param generator: source of the random split; torch's global one by default
     :returns: a :class:`DivergenceResult`
     :raises ValueError: for clouds that make no transport problem, or cannot be split, and as
@@ -137,6 +145,13 @@ def sinkhorn_divergence(
     x, y = check_clouds(x, y, cost)
     epsilon = check_epsilon(epsilon, x)
     a, b = check_weights(a, x, "a"), check_weights(b, y, "b")
+    if candidates is not None and (
+        candidates.dim() != x.dim() + 1 or candidates.shape[:-2] + candidates.shape[-1:] != x.shape
+    ):
+        raise ValueError(
+            f"candidates have shape {tuple(candidates.shape)}: expected (*{tuple(x.shape[:-1])}, s, {x.shape[-1]}), s places "
+            "for each point of x"
+        )
     if debias == "independent":
         halves = draw_halves(
             x.shape[-2],
@@ -148,15 +163,26 @@ def sinkhorn_divergence(
             generator=generator,
             device=x.device,
         )
-        return _independent(x, y, epsilon, a, b, cost, halves, shared_units, scale, options)
+        return _independent(x, y, epsilon, a, b, cost, halves, shared_units, scale, options, candidates)
     out = sinkhorn(x, y, epsilon, a, b, cost, **options)
+    moves = Moves(candidates, a, epsilon, cost)
+    moves.add(1.0, y, b, out.g)
     if debias is None:
         zero = torch.zeros_like(out.value)
         return DivergenceResult(
-            scale * out.value, out.value, zero, zero, out.marginal_error, out.n_iters, out.converged
+            value=scale * out.value,
+            cross=out.value,
+            self_x=zero,
+            self_y=zero,
+            marginal_error=out.marginal_error,
+            n_iters=out.n_iters,
+            converged=out.converged,
+            variation=moves.total(scale),
         )
     xx = sinkhorn(x, x, epsilon, a, a, cost, **options)
     yy = sinkhorn(y, y, epsilon, b, b, cost, **options)
+    moves.add(-0.5, x, a, xx.g)  # a point moves on both sides of its own cloud
+    moves.add(-0.5, x, a, xx.f)
     parts = (out, xx, yy)
     return DivergenceResult(
         value=scale * (out.value - xx.value / 2 - yy.value / 2),
@@ -166,6 +192,7 @@ def sinkhorn_divergence(
         marginal_error=torch.stack([p.marginal_error for p in parts]).amax(0),
         n_iters=max(p.n_iters for p in parts),
         converged=torch.stack([p.converged for p in parts]).all(0),
+        variation=moves.total(scale),
     )
 
 
@@ -180,6 +207,7 @@ def _independent(
     shared: bool,
     scale: int,
     options: dict[str, Any],
+    candidates: Tensor | None,
 ) -> DivergenceResult:
     x1, x2 = _take(x, a, halves.x1), _take(x, a, halves.x2)
     y1, y2 = _take(y, b, halves.y1), _take(y, b, halves.y2)
@@ -190,6 +218,24 @@ def _independent(
     out = sinkhorn(xs, ys, epsilon.unsqueeze(-1), ws, vs, cost, **options)
     costs = out.value.mean(-1)  # over blocks
     cross_value, self_x, self_y = costs[:-2].mean(0), costs[-2], costs[-1]
+
+    def _variation(candidates: Tensor) -> Tensor:
+        """Of both halves, laid back to the points they hold."""
+        total = candidates.new_zeros(candidates.shape[:-1])
+        for number, half in ((1, halves.x1), (2, halves.x2)):
+            weights = (ws[-2] if number == 1 else vs[-2]) / len(half.index)  # mean over blocks
+            moves = Moves(candidates[..., half.index, :, :], weights, epsilon.unsqueeze(-1), cost)
+            for pair, (mine, _) in enumerate(cross):
+                if mine is (x1 if number == 1 else x2):
+                    moves.add(1 / len(cross), ys[pair], vs[pair], out.g[pair])
+            others = (ys[-2], vs[-2], out.g[-2]) if number == 1 else (xs[-2], ws[-2], out.f[-2])
+            moves.add(-0.5, *others)
+            found = moves.total(1)
+            assert found is not None
+            index = half.index.flatten().unsqueeze(-1).expand(*found.shape[:-3], -1, found.shape[-1])
+            total.scatter_add_(-2, index, found.flatten(-3, -2))
+        return total
+
     return DivergenceResult(
         value=scale * (cross_value - self_x / 2 - self_y / 2),
         cross=cross_value,
@@ -198,6 +244,7 @@ def _independent(
         marginal_error=out.marginal_error.amax((0, -1)),
         n_iters=out.n_iters,
         converged=out.converged.all(0).all(-1),
+        variation=None if candidates is None else scale * _variation(candidates),
     )
 
 

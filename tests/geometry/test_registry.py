@@ -130,15 +130,9 @@ def test_a_distribution_of_the_users_own_is_not_looked_for_in_pyro():
 
 
 @pytest.mark.parametrize(
-    "fn",
-    [
-        dist.Bernoulli(0.5),
-        dist.Categorical(torch.ones(3)),
-        dist.OneHotCategorical(torch.ones(3)),
-        dist.Poisson(2.0),
-    ],
+    "fn", [dist.Multinomial(3, torch.ones(3)), dist.DirichletMultinomial(torch.ones(3), total_count=3)]
 )
-def test_a_discrete_latent_is_told_so_instead_of_how_to_embed_it(fn):
+def test_states_that_cannot_be_listed_are_told_so_instead_of_how_to_embed_it(fn):
     with pytest.raises(
         ValueError, match="latent site 'k': .* has the discrete support .* Sum it out"
     ) as error:

@@ -576,7 +576,7 @@ def test_a_fresh_loss_has_seen_no_program():
         ({"relative_epsilon": -0.1}, "relative_epsilon is -0.1: expected a number of at least 0"),
         ({"match_size": 0}, "match_size is 0"),
         ({"num_prior_batches": 0}, "num_prior_batches is 0"),
-        ({"groups": "both"}, "groups is 'both': expected 'joint' or 'marginal'"),
+        ({"groups": "both"}, "groups is 'both': expected 'joint', 'markov', 'marginal' or cliques"),
         ({"debias": "yes"}, "debias is 'yes': expected 'independent', 'self' or None"),
     ],
 )

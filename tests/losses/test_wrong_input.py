@@ -283,12 +283,12 @@ def test_a_discrete_latent(guide_of, validation):
 
     if isinstance(guide_of(program), AutoImplicit):
         with pytest.raises(
-            ValueError, match=r"latent site 'z': Bernoulli .* discrete support Boolean\(\).*Sum it out"
+            ProgramError, match=r"guide site 'z' is a Finite, a discrete latent.*TraceEnum_Sinkhorn"
         ):
             step(program, guide_of(program), data())
         return
     with pytest.raises(
-        ProgramError, match=r"guide site 'z' is a Bernoulli, which is sampled without a gradient"
+        ProgramError, match=r"guide site 'z' is a Bernoulli, a discrete latent.*distributions.Finite"
     ):
         step(program, guide, data())
 
@@ -431,8 +431,7 @@ def test_float32_rounding_is_not_outside_the_support():
     step(program, guide, data())
 
 
-@pytest.mark.parametrize("fn", [dist.VonMises(0.0, 1.0), dist.Bernoulli(0.5)], ids=["von mises", "bernoulli"])
-def test_a_guide_without_reparametrisation(fn, validation):
+def test_a_guide_without_reparametrisation(validation):
     def program(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.VonMises(0.0, 1.0))
@@ -440,11 +439,10 @@ def test_a_guide_without_reparametrisation(fn, validation):
 
     def guide(x):
         with pyro.plate("data", len(x)):
-            pyro.sample("z", fn)
+            pyro.sample("z", dist.VonMises(0.0, 1.0))
 
-    kind = type(fn).__name__
     with pytest.raises(
-        ProgramError, match=rf"guide site 'z' is a {kind}, which is sampled without a gradient.*Implicit"
+        ProgramError, match=r"guide site 'z' is a VonMises, which is sampled without a gradient.*Implicit"
     ):
         step(program, guide, data())
 
