@@ -28,10 +28,23 @@ def test_public_names_are_documented(package, name):
 
 
 def test_public_methods_of_a_program_have_docstrings():
-    from pyro_sinkhorn import AutoImplicit, SinkhornProgram, Trace_DataSinkhorn, Trace_Sinkhorn
+    from pyro_sinkhorn import (
+        AutoImplicit,
+        SinkhornProgram,
+        Trace_DataSinkhorn,
+        Trace_Sinkhorn,
+        TraceEnum_Sinkhorn,
+    )
     from pyro_sinkhorn.losses import LearnedCost
 
-    for cls in (SinkhornProgram, AutoImplicit, Trace_Sinkhorn, Trace_DataSinkhorn, LearnedCost):
+    for cls in (
+        SinkhornProgram,
+        AutoImplicit,
+        Trace_Sinkhorn,
+        TraceEnum_Sinkhorn,
+        Trace_DataSinkhorn,
+        LearnedCost,
+    ):
         for name, member in vars(cls).items():
             if not name.startswith("_") and callable(member):
                 assert member.__doc__, f"{cls.__name__}.{name} has no docstring"

@@ -39,8 +39,8 @@ def extended_potential(
     True
     """
     batch = torch.broadcast_shapes(places.shape[:-2], y.shape[:-2])
-    places, y = (t.expand(*batch, *t.shape[-2:]).flatten(0, -3) for t in (places, y))
-    b, g = (t.expand(*batch, t.shape[-1]).flatten(0, -2) for t in (b, g))
+    places, y = (t.expand(*batch, *t.shape[-2:]).reshape(-1, *t.shape[-2:]) for t in (places, y))
+    b, g = (t.expand(*batch, t.shape[-1]).reshape(-1, t.shape[-1]) for t in (b, g))
     epsilon = epsilon.expand(batch).reshape(-1, 1, 1)
     reduced = g.unsqueeze(-2) - cost_matrix(cost, places, y)
     if bool((epsilon == 0).all()):

@@ -63,9 +63,9 @@ def test_gradient_is_exact_in_large_clouds(debias):
     from pyro_sinkhorn.ot import sinkhorn_divergence
 
     errors = []
-    for n in (8, 32, 128):
+    for n in (8, 128):
         squares = []
-        for seed in range(8):
+        for seed in range(24):
             torch.manual_seed(seed)
             x, y = torch.randn(n, 1), torch.randn(n, 1)
             moved = torch.cat([torch.randn(1, 1), x[1:]])
@@ -81,8 +81,8 @@ def test_gradient_is_exact_in_large_clouds(debias):
             predicted = here.variation[0, 1] - here.variation[0, 0]
             squares.append(float(n * (there.value - here.value - predicted)) ** 2)
         errors.append(math.sqrt(sum(squares) / len(squares)))
-    # Each in units of one datum's share: falls as 1/n, so by 4 at every step; 2.5 leaves room for luck.
-    assert errors[0] > 2.5 * errors[1] > 2.5**2 * errors[2]
+    # In units of one datum's share it falls as 1/n, by 16; a wrong first order would not fall at all.
+    assert errors[1] < errors[0] / 6
 
 
 def _exact_and_estimated(values, logits, target, debias):
