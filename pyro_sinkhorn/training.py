@@ -31,7 +31,7 @@ from pyro_sinkhorn.structure import Plate, Structure, plates_of, sample_sites, s
 
 @dataclass
 class History:
-    """Every step of every ``fit``: per-datum ``loss``, ``reconstruction`` and ``match`` (the sum over groups)."""
+    """Every step of every ``fit``: per-datum ``loss``, ``reconstruction`` and ``match`` (what its weight multiplies)."""
 
     loss: list[float] = field(default_factory=list)
     reconstruction: list[float] = field(default_factory=list)
@@ -41,7 +41,7 @@ class History:
         """Add one step."""
         self.loss.append(terms.loss)
         self.reconstruction.append(terms.reconstruction)
-        self.match.append(sum(terms.match.values()))
+        self.match.append(terms.total_match)
 
     def show_last(self, bar: tqdm) -> None:
         """Put the last step into a progress bar."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -60,6 +60,7 @@ class MatchReport:
     n_data:          data that were encoded, or compared
     match_size:      units in each half-cloud: the floor shrinks as it grows
     covariates:      what was appended to the clouds of a conditional simulator
+    lost_mass:       of counts, the prior's mass beyond the states that the guide produces
     """
 
     reconstruction: float | None
@@ -67,6 +68,7 @@ class MatchReport:
     n_data: float
     match_size: int
     covariates: tuple[str, ...] = ()
+    lost_mass: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         width = max([20, *(len(g.name) for g in self.groups)])
@@ -90,6 +92,8 @@ class MatchReport:
         notes = []
         if self.covariates:
             notes.append(f"compared together with the covariates: {', '.join(self.covariates)}")
+        for name, lost in self.lost_mass.items():
+            notes.append(f"{name}: its states are cut off where {lost:.1e} of the prior's mass is left")
         for g in self.groups:
             if g.z > 5 and g.encoder_variance is None:
                 notes.append(
@@ -168,7 +172,13 @@ def match_report(
         return _noise_share(torch.stack([latent_match.coordinates(one, name) for one in clouds]))
 
     size = _size(latent_match.options, call.structure.groups)
-    return MatchReport(sum(reconstructions) / num_floor, _compared(matches, floors, noise), n_data, size)
+    return MatchReport(
+        reconstruction=sum(reconstructions) / num_floor,
+        groups=_compared(matches, floors, noise),
+        n_data=n_data,
+        match_size=size,
+        lost_mass=dict(getattr(guide, "lost_mass", {})),
+    )
 
 
 def _report_of_data(

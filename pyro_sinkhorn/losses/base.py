@@ -33,14 +33,16 @@ class Terms:
 
     loss:            the whole
     reconstruction:  -log p(x | z); NaN for a loss that has no likelihood
-    match:           normalised divergence of each group, without its weight; it may be negative
+    match:           normalised divergence of each group or clique, without its weight; it may be negative
     globals:         log q - log p of the global latents
+    total_match:     what the weight multiplies: the matches of all, each with its share of the data
     """
 
     loss: float = math.nan
     reconstruction: float = math.nan
     match: dict[str, float] = field(default_factory=dict)
     globals: float = 0.0
+    total_match: float = 0.0
 
 
 class SinkhornLoss(ELBO):
@@ -207,4 +209,5 @@ def _mean_terms(terms: Sequence[Terms]) -> Terms:
         reconstruction=sum(t.reconstruction for t in terms) / n,
         match={name: sum(t.match[name] for t in terms) / n for name in terms[0].match},
         globals=sum(t.globals for t in terms) / n,
+        total_match=sum(t.total_match for t in terms) / n,
     )

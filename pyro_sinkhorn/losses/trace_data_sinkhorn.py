@@ -275,6 +275,7 @@ class Trace_DataSinkhorn(SinkhornLoss):
             loss=torch_item(loss) / n_data,
             match={group.name: torch_item(group.value) for group in matches},
             globals=torch_item(log_ratio) / n_particles / n_data,
+            total_match=sum(torch_item(group.value) * group.n_data for group in matches) / n_data,
         )
 
 

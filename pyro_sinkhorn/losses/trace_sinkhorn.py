@@ -189,4 +189,5 @@ class Trace_Sinkhorn(SinkhornLoss):
             reconstruction=-torch_item(log_likelihood) / n_data,
             match={group.name: torch_item(group.value) for group in matches},
             globals=torch_item(log_ratio) / n_data,
+            total_match=sum(torch_item(group.value) * group.n_data for group in matches) / n_data,
         )

@@ -7,10 +7,12 @@ import warnings
 import pyro
 import pyro.distributions as dist
 import pytest
+import scipy.stats
 import torch
 from pyro.infer import SVI, TraceEnum_ELBO, config_enumerate
 
 from pyro_sinkhorn import AutoImplicit, Implicit, SinkhornProgram, Trace_Sinkhorn, TraceEnum_Sinkhorn
+from pyro_sinkhorn.diagnostics import match_report
 from pyro_sinkhorn.distributions import Finite
 from pyro_sinkhorn.errors import ProgramError
 
@@ -417,6 +419,9 @@ def test_lost_mass_of_a_count_is_reported():
     x = torch.randn(16)
     guide(x)
     assert 0 < guide.lost_mass["z"] < 1e-4
+    report = match_report(model, guide, x, loss=TraceEnum_Sinkhorn(match_size=8), num_floor=2)
+    lost = scipy.stats.poisson.sf(15, 2.0)
+    assert f"z: its states are cut off where {lost:.1e} of the prior's mass is left" in str(report)
     with pytest.warns(UserWarning, match="the guide's states end at 15, beyond which the prior has 0.0"):
         guide(x, rate=9.0)
 
