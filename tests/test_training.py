@@ -102,10 +102,10 @@ def test_arrays_become_tensors_of_the_default_dtype():
 # History.
 
 
-def test_history_appends_the_sum_of_the_groups():
+def test_history_appends_what_the_weight_multiplies():
     history = History()
     assert repr(history) == "History(no steps)" and len(history) == 0
-    history.append(Terms(3.0, 1.0, {"a": 0.5, "b": -0.25}))
+    history.append(Terms(3.0, 1.0, {"a": 0.5, "b": -0.25}, total_match=0.25))
     assert (history.loss, history.reconstruction, history.match) == ([3.0], [1.0], [0.25])
     assert repr(history) == "History(1 steps, last: loss=3, reconstruction=1, match=0.25)"
 
