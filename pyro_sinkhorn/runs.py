@@ -12,16 +12,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
+from torch.distributions import transform_to
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_sinkhorn.errors import ProgramError
 from pyro_sinkhorn.explain import explained
-from pyro_sinkhorn.structure import innermost, parameters_of
+from pyro_sinkhorn.structure import innermost, is_latent, parameters_of, sample_sites
 
 #: Runs of a model whose prior draws numbers that are none.
 _ATTEMPTS = 3
@@ -44,7 +46,7 @@ class _StopAfter(Messenger):
 
 
 class _Substitute(Messenger):
-    """Give sample sites, plates' sub-samples included, fixed values."""
+    """Give sample sites, plates' sub-samples included, fixed values; what has no law to draw from, a feasible one."""
 
     def __init__(self, values: dict[str, Tensor]) -> None:
         super().__init__()
@@ -53,6 +55,12 @@ class _Substitute(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if msg["name"] in self.values and not msg["is_observed"]:
             msg["value"] = self.values[msg["name"]]
+            msg["done"] = True
+        elif msg["value"] is None and isinstance(innermost(msg["fn"]), dist.ImproperUniform):
+            # For a global; of a local latent with such a prior, structure_of complains.
+            to_support = transform_to(msg["fn"].support)
+            shape = to_support.inverse_shape(msg["fn"].batch_shape + msg["fn"].event_shape)
+            msg["value"] = to_support(torch.zeros(shape))
             msg["done"] = True
 
 
@@ -102,6 +110,7 @@ def run_model(
     for attempt in range(_ATTEMPTS):
         trace = _run_once(model, args, kwargs, values, names, grad)
         drawn = [trace.nodes[name] for name in names - set(values) if name in trace.nodes]
+        drawn = [site for site in drawn if not site["is_observed"]]
         bad = [site for site in drawn if not bool(site["value"].isfinite().all()) and _is_sound(site["fn"])]
         if not bad or attempt == _ATTEMPTS - 1:
             break
@@ -157,16 +166,28 @@ def _run_once(
         return tracer.trace
 
 
-def check_appeared(trace: Trace, names: Iterable[str]) -> None:
-    """Latents found in one run must appear in every other.
+def check_appeared(trace: Trace, names: Iterable[str], known: Iterable[str] = ()) -> None:
+    """Latents found in one run must appear in every other, and no others.
 
-    :raises ProgramError: naming those that do not
+    :param known: latents that may appear besides
+    :raises ProgramError: naming those that came or went
     """
+    names = list(names)
     missing = [name for name in names if name not in trace.nodes]
-    if missing:
+    new = [name for name, site in sample_sites(trace) if is_latent(site) and name not in {*names, *known}]
+    if missing or new:
+        what = f"latent sites {missing} did not appear" if missing else f"latent sites {new} were new"
         raise ProgramError(
-            f"latent sites {missing} did not appear when the model ran again with free latents: the sites of a model "
-            "must not depend on its latents or on how often it ran"
+            f"{what} when the model ran again with free latents: the sites of a model must not depend on its latents or on "
+            "how often it ran, since clouds of different latents cannot be compared. Sample all of them always, and choose "
+            "with torch.where. A site that is observed for some rows only takes obs= and obs_mask="
+        )
+    observed = [name for name in names if trace.nodes[name]["is_observed"]]
+    if observed:
+        raise ProgramError(
+            f"sites {observed} were latent in an earlier call and are observed in this one. Data that are there for some rows "
+            f"only are said in one call, by pyro.sample({observed[0]!r}, ..., obs=values, obs_mask=present); a guide written "
+            "by hand may also sample the site in some calls only"
         )
 
 

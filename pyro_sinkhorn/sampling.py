@@ -10,12 +10,13 @@ import torch
 from pyro import poutine
 from pyro.infer import Predictive
 from pyro.poutine.trace_struct import Trace
+from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
 
 from pyro_sinkhorn.errors import NonFiniteError, ProgramError, checked_integer
 from pyro_sinkhorn.explain import bad_rows, explained, spoken, tensors_of
 from pyro_sinkhorn.losses.scoring import run_guide
-from pyro_sinkhorn.structure import is_latent, sample_sites
+from pyro_sinkhorn.structure import is_data, is_latent, sample_sites
 
 
 def encoder_draws(guide: Callable[..., Any], num_samples: Any, args: Any, kwargs: Any) -> dict[str, Tensor]:
@@ -48,9 +49,17 @@ def encoder_draws(guide: Callable[..., Any], num_samples: Any, args: Any, kwargs
 def program_draws(model: Callable[..., Any], num_samples: Any, args: Any, kwargs: Any) -> dict[str, Tensor]:
     """All sites by name, ``(num_samples, *plates, *event)``, observed ones sampled like the others."""
     num_samples = checked_integer("num_samples", num_samples, 1)
-    unconditioned = poutine.block(poutine.uncondition(model), hide_fn=_is_factor)
+    unconditioned = poutine.block(_FreeData()(model), hide_fn=_is_factor)
     with explained("model", Trace(), args, kwargs):
         return dict(Predictive(unconditioned, num_samples=num_samples)(*args, **kwargs))
+
+
+class _FreeData(UnconditionMessenger):
+    """As ``poutine.uncondition``, which would also draw ``pyro.deterministic`` sites again, in every slice of their plates."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if is_data(msg):
+            super()._pyro_sample(msg)
 
 
 def _latents(trace: Trace) -> dict[str, Tensor]:

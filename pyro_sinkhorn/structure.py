@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyro.distributions as dist
+import torch
 from pyro.distributions import constraints
 from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_struct import Trace
@@ -101,10 +102,16 @@ def sample_sites(trace: Trace) -> Iterator[tuple[str, Site]]:
 
 
 def is_data(site: Site) -> bool:
-    """Whether a site carries observed data: not a ``pyro.deterministic``, not a ``pyro.factor``."""
+    """Whether a site carries observed data: not a ``pyro.deterministic``, a ``pyro.factor`` or a reparametrised site."""
     if not site["is_observed"] or site["infer"].get("_deterministic"):
         return False
-    return not isinstance(innermost(site["fn"]), dist.Unit)
+    return not isinstance(innermost(site["fn"]), dist.Unit) and not _is_computed(site)
+
+
+def _is_computed(site: Site) -> bool:
+    """Whether an observed site is a point at its own value: ``poutine.reparam`` makes a site into one."""
+    fn, value = innermost(site["fn"]), site["value"]
+    return isinstance(fn, dist.Delta) and isinstance(value, Tensor) and fn.v.data_ptr() == value.data_ptr()
 
 
 def is_latent(site: Site) -> bool:
@@ -121,10 +128,32 @@ def plates_of(site: Site) -> tuple[Plate, ...]:
     )
 
 
+def present_of(site: Site) -> Tensor | None:
+    """Where a site counts, by the masks of handlers and of ``fn.mask``: booleans that broadcast with its batch; None is all."""
+    present: Tensor | None = None
+    for mask in masks_of(site):
+        present = mask if present is None else present & mask
+    return present
+
+
+def masks_of(site: Site) -> Iterator[Tensor]:
+    """Masks of handlers and of ``fn.mask``, as booleans; a mask of a plain True is none."""
+    masks, fn = [site["mask"]], site["fn"]
+    while hasattr(fn, "base_dist"):
+        masks.append(getattr(fn, "_mask", None))
+        fn = fn.base_dist
+    for mask in masks:
+        if isinstance(mask, Tensor):
+            yield mask if mask.dtype == torch.bool else mask != 0
+        elif mask is not None and not mask:
+            yield torch.zeros((), dtype=torch.bool, device=site["value"].device)
+
+
 def structure_of(trace: Trace) -> Structure:
     """Read the structure off a trace of the model.
 
-    :raises ProgramError: no observed site; observed sites outside every plate; a sequential plate around data
+    :raises ProgramError: no observed site; observed sites outside every vectorised plate; a local latent whose prior is
+        no law, or has been turned into a density
     """
     sites = dict(sample_sites(trace))
     data = tuple(name for name, site in sites.items() if is_data(site))
@@ -135,12 +164,13 @@ def structure_of(trace: Trace) -> Structure:
             "for example pyro.sample('x', likelihood, obs=x), or wrap the model in pyro.condition"
         )
     for name in data:
-        for frame in sites[name]["cond_indep_stack"]:
-            if not frame.vectorized:
-                raise ProgramError(
-                    f"observed site {name!r} is in the sequential plate {frame.name!r} (for i in pyro.plate): latents "
-                    f"are compared as clouds, so write it vectorised, with pyro.plate({frame.name!r}, size)"
-                )
+        sequential = [frame.name for frame in sites[name]["cond_indep_stack"] if not frame.vectorized]
+        if sequential and not plates_of(sites[name]):
+            raise ProgramError(
+                f"observed site {name!r} is in the sequential plate {sequential[0]!r} (for i in pyro.plate): latents "
+                f"are compared as clouds, so write it vectorised, with pyro.plate({sequential[0]!r}, size). A sequential plate "
+                "may stand around or inside a vectorised one that holds the data"
+            )
     data_plates = {plate.name: plate for name in data for plate in plates_of(sites[name])}
     if not data_plates:
         raise ProgramError(
@@ -152,13 +182,35 @@ def structure_of(trace: Trace) -> Structure:
     for name in latents:
         stack = tuple(plate for plate in plates_of(sites[name]) if plate.name in data_plates)
         if stack:
+            _check_local(name, sites[name])
             members.setdefault(stack, []).append(name)
         else:
             global_sites.append(name)
+    for name, site in sites.items():
+        if site["is_observed"] and any(plate.name in data_plates for plate in plates_of(site)):
+            _check_computed(name, site)
     # Coarse groups first: a nested group may carry their latents along.
     stacks = sorted(members, key=len)
     groups = tuple(Group(tuple(members[stack]), stack) for stack in stacks)
     return Structure(data, tuple(data_plates.values()), groups, tuple(global_sites))
+
+
+def _check_local(name: str, site: Site) -> None:
+    if isinstance(innermost(site["fn"]), dist.ImproperUniform):
+        raise ProgramError(
+            f"latent site {name!r}: its ImproperUniform is no law that could be drawn from, so there is nothing to compare "
+            "the latents with. Give it a proper prior; outside the data plates, where densities are used, it may stay"
+        )
+
+
+def _check_computed(name: str, site: Site) -> None:
+    fn = innermost(site["fn"])
+    if isinstance(fn, dist.Delta) and _is_computed(site) and bool((fn.log_density != 0).any()):
+        raise ProgramError(
+            f"site {name!r} was reparametrised by a density (as NeuTraReparam, StructuredReparam, SplitReparam and "
+            "ConjugateReparam do): what is left to sample is not the prior, so no prior cloud can be drawn. Leave it out of "
+            "the reparam, or use one that only rewrites how it is drawn, such as LocScaleReparam or TransformReparam"
+        )
 
 
 def parameters_of(fn: Any) -> Iterator[tuple[Tensor, int]]:

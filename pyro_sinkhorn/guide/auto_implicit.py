@@ -18,7 +18,7 @@ from pyro_sinkhorn.guide.encoder import DefaultEncoder, NoiseHead, check_device
 from pyro_sinkhorn.guide.global_guide import GLOBAL_GUIDES
 from pyro_sinkhorn.guide.layout import features_of, plate_shape, rows_of
 from pyro_sinkhorn.guide.make import make_group
-from pyro_sinkhorn.guide.observed import Observed, find_observed, read_observed
+from pyro_sinkhorn.guide.observed import Observed, Readings, find_observed, read_observed
 from pyro_sinkhorn.guide.produce import Produced, Recipe, entered
 from pyro_sinkhorn.guide.start import moments, stands_alone
 from pyro_sinkhorn.guide.states import DISCRETE, mass_beyond
@@ -170,6 +170,7 @@ class AutoImplicit(PyroModule):
             f"{self._pyro_name}_noise_{i}",
             self._relative,
             self._temperature,
+            below_globals=bool(self.global_guides),
         )
 
     def _encode(
@@ -177,7 +178,7 @@ class AutoImplicit(PyroModule):
         i: int,
         group: Group,
         plates: tuple[Plate, ...],
-        inputs: dict[str, Tensor],
+        inputs: Readings,
         coarse: list[tuple[tuple[Plate, ...], Tensor]],
         args: Any,
         kwargs: Any,
@@ -208,9 +209,9 @@ class AutoImplicit(PyroModule):
         return code
 
     def _encode_by_user(
-        self, group: Group, plates: tuple[Plate, ...], inputs: dict[str, Tensor], args: Any, kwargs: Any
+        self, group: Group, plates: tuple[Plate, ...], inputs: Readings, args: Any, kwargs: Any
     ) -> Tensor:
-        read: Any = inputs if len(inputs) > 1 else next(iter(inputs.values()))
+        read = inputs.for_encoder(self._observed)
         if self._encoder_input is not None:
             read = self._encoder_input(*args, **kwargs)
         assert self.encoder is not None
@@ -247,7 +248,7 @@ class AutoImplicit(PyroModule):
         indices = subsamples(whole)
         self._observed = find_observed(whole, structure, args, kwargs, indices)
         self._noise_dims: list[int] = []
-        draws = [run_model(self.model, args, kwargs, stop_after=structure.latents) for _ in range(15)]
+        draws = [run_model(self.model, args, kwargs) for _ in range(15)]  # whole: do other latents appear?
         for name in structure.globals:
             stacked = torch.stack([draw.nodes[name]["value"] for draw in draws])
             self.global_guides.append(GLOBAL_GUIDES[self._global_kind](name, whole.nodes[name], stacked))
@@ -261,7 +262,7 @@ class AutoImplicit(PyroModule):
             if stands_alone(draws[0], again, name)
             and moments(again.nodes[name]["fn"], geometry_of(again.nodes[name]["fn"], name)) is not None
         )
-        inputs = {name: whole.nodes[name]["value"] for name in structure.data}
+        inputs = read_observed(self._observed, args, kwargs, indices, lambda: whole)
         coarse: list[tuple[tuple[Plate, ...], Tensor]] = []
         done = Produced()
         for i, group in enumerate(structure.groups):

@@ -16,7 +16,7 @@ class Standardise(nn.Module):
     ``m`` is the median and ``s`` the mean absolute deviation from it, feature by feature. Simulated data can be
     wildly scaled (a half-Cauchy scale spans decades): asinh is linear in the bulk and logarithmic in the tails. A
     feature that hardly varies in the first batch, such as a border pixel, gets a floor of a quarter of the average
-    deviation, so that its first appearance is not an explosion.
+    deviation, so that its first appearance is not an explosion. NaN stands for a missing value, and becomes the median, 0.
     """
 
     loc: Tensor
@@ -41,7 +41,8 @@ class Standardise(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., n_features)`` to the same shape."""
-        return ((x.to(self.loc.dtype) - self.loc) / self.scale).asinh()
+        x = x.to(self.loc.dtype)
+        return ((torch.where(x.isnan(), self.loc, x) - self.loc) / self.scale).asinh()
 
 
 class DefaultEncoder(nn.Module):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from pyro_sinkhorn.errors import ProgramError
-from pyro_sinkhorn.guide.observed import Observed
+from pyro_sinkhorn.guide.observed import Observed, Readings
 from pyro_sinkhorn.structure import Plate
 
 
@@ -18,11 +20,12 @@ def plate_shape(plates: tuple[Plate, ...]) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def features_of(observed: list[Observed], values: dict[str, Tensor], plates: tuple[Plate, ...]) -> Tensor:
+def features_of(observed: list[Observed], values: Readings, plates: tuple[Plate, ...]) -> Tensor:
     """Numbers that an encoder of these plates reads, ``(*plate_shape, n_features)``.
 
     An observed site in more plates than these is flattened along the others (all words of a document); one in
-    fewer is repeated; one in none of them belongs to another data set and is not read.
+    fewer is repeated; one in none of them belongs to another data set and is not read. Masked values become NaN, which
+    stands for missing, and a column says where they are.
     """
     shape = plate_shape(plates)
     keep, names = {plate.dim for plate in plates}, {plate.name for plate in plates}
@@ -33,9 +36,15 @@ def features_of(observed: list[Observed], values: dict[str, Tensor], plates: tup
         value = values[site.name]
         if not value.is_floating_point():
             value = value.to(torch.get_default_dtype())
-        batch = value.shape[: value.dim() - site.event_dim]
+        batch = tuple(value.shape[: value.dim() - site.event_dim])
+        value = no_number(value.reshape(*batch, -1))
+        if site.name in values.present:
+            present = values.present[site.name].unsqueeze(-1)
+            batch = tuple(torch.broadcast_shapes(batch, present.shape[:-1]))
+            value = torch.where(present, value, torch.nan)
+            value = torch.cat([value, present.to(value).expand(*batch, 1)], -1)
         depth = max(len(shape), len(batch))
-        value = value.reshape(*[1] * (depth - len(batch)), *batch, -1)
+        value = value.reshape(*[1] * (depth - len(batch)), *value.shape)
         # Plate dimensions that are not ours follow the kept ones and end among the features.
         kept = [depth + dim for dim in range(-len(shape), 0)]
         moved = [axis for axis in range(depth) if axis not in kept or (axis - depth) not in keep]
@@ -68,7 +77,12 @@ def rows_of(value: Tensor, plates: tuple[Plate, ...], group: str) -> Tensor:
             f"the slices of the plates {[plate.name for plate in ordered]} in this call. A model that sub-samples by itself "
             "needs no encoder_input: its observed values are read under the sub-sample"
         )
-    return value.reshape(*plate_shape(plates), -1)
+    return no_number(value.reshape(*plate_shape(plates), -1))
+
+
+def no_number(value: Tensor) -> Tensor:
+    """NaN, which would be read as missing, as infinity, which will show."""
+    return torch.where(value.isnan(), math.inf, value)
 
 
 def place_extra_plates(raw: Tensor, extra: list[Plate]) -> Tensor:

@@ -3,19 +3,24 @@
 The obvious way to learn them is to run the model to its observed sites, decoder included. Mostly that is not needed:
 the observed value *is* an argument of the model, or a reshape of it, or an argument indexed by the sub-sample. Where
 one of these explains the first run, later values are read off the arguments.
+
+Data may be missing: masked by ``poutine.mask``, ``.mask()`` or ``obs_mask=``. Which are is read in the same way, so that
+the encoder can be told.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from pyro_sinkhorn.errors import ProgramError
 from pyro_sinkhorn.explain import Path, tensors_of
-from pyro_sinkhorn.structure import Plate, Structure, plates_of
+from pyro_sinkhorn.structure import Plate, Structure, is_data, masks_of, plates_of, present_of
 
 
 @dataclass(frozen=True)
@@ -30,12 +35,31 @@ class Source:
 
 @dataclass(frozen=True)
 class Observed:
-    """An observed site: its plates, its event dimensions and where its values come from."""
+    """An observed site: its plates, its event dimensions, where its values come from, and its mask, if it has one."""
 
     name: str
     event_dim: int
     plates: tuple[Plate, ...]
     source: Source
+    mask: Source | None = None
+
+
+class Readings(dict[str, Tensor]):
+    """Values of the observed sites by name; ``present`` says of masked ones which count: booleans that broadcast with them."""
+
+    def __init__(self, values: Mapping[str, Tensor] = {}, present: Mapping[str, Tensor] = {}) -> None:
+        super().__init__(values)
+        self.present = dict(present)
+
+    def for_encoder(self, observed: list[Observed]) -> Any:
+        """What an encoder of the user's gets: the values, 0 where masked; in a dict if there are several."""
+        filled = dict(self)
+        for site in observed:
+            if site.name in self.present:
+                present, value = self.present[site.name], self[site.name]
+                present = present.reshape(*present.shape, *[1] * site.event_dim)
+                filled[site.name] = torch.where(present, value, torch.zeros_like(value))
+        return filled if len(filled) > 1 else next(iter(filled.values()))
 
 
 def find_observed(
@@ -48,9 +72,13 @@ def find_observed(
     """Describe every observed site of a complete run."""
     found = []
     for name in structure.data:
-        site = trace.nodes[name]
-        source = _source(site["value"], dict(tensors_of(args, kwargs)), indices, plates_of(site))
-        found.append(Observed(name, len(site["fn"].event_shape), plates_of(site), source))
+        site, tensors = trace.nodes[name], dict(tensors_of(args, kwargs))
+        source = _source(site["value"], tensors, indices, plates_of(site))
+        masks = list(masks_of(site))
+        mask = _source(masks[0], tensors, indices, plates_of(site)) if len(masks) == 1 else Source(None)
+        found.append(
+            Observed(name, len(site["fn"].event_shape), plates_of(site), source, mask if masks else None)
+        )
     return found
 
 
@@ -60,26 +88,49 @@ def read_observed(
     kwargs: dict[str, Any],
     indices: dict[str, Tensor],
     run: Callable[[], Trace],
-) -> dict[str, Tensor]:
-    """Current values of the observed sites; ``run`` runs the model where an argument does not tell."""
+) -> Readings:
+    """Current values of the observed sites; ``run`` runs the model where an argument does not tell.
+
+    :raises ProgramError: a site is not observed any more
+    """
     tensors = dict(tensors_of(args, kwargs))
-    values: dict[str, Tensor] = {}
+    read = Readings()
     trace: Trace | None = None
     for site in observed:
-        source = site.source
-        argument = tensors.get(source.path) if source.path is not None else None
-        if argument is None:
+        value = _look_up(site.source, tensors, indices)
+        if value is None:
             trace = trace or run()
-            values[site.name] = trace.nodes[site.name]["value"]
-        elif source.index_plate is not None:
-            assert source.index_axis is not None
-            index = indices[source.index_plate].to(argument.device)
-            values[site.name] = argument.index_select(source.index_axis, index)
-        elif source.tail is not None:
-            values[site.name] = argument.reshape(-1, *source.tail)
-        else:
-            values[site.name] = argument
-    return values
+            _check_observed(site.name, trace)
+            value = trace.nodes[site.name]["value"]
+        read[site.name] = value
+        if site.mask is None:
+            continue
+        present = _look_up(site.mask, tensors, indices)
+        if present is None:
+            trace = trace or run()
+            present = present_of(trace.nodes[site.name])
+        if present is not None:
+            read.present[site.name] = present != 0
+    return read
+
+
+def _look_up(source: Source, tensors: dict[Path, Tensor], indices: dict[str, Tensor]) -> Tensor | None:
+    argument = tensors.get(source.path) if source.path is not None else None
+    if argument is None:
+        return None
+    if source.index_plate is not None:
+        assert source.index_axis is not None
+        return argument.index_select(source.index_axis, indices[source.index_plate].to(argument.device))
+    return argument if source.tail is None else argument.reshape(-1, *source.tail)
+
+
+def _check_observed(name: str, trace: Trace) -> None:
+    if name not in trace.nodes or not is_data(trace.nodes[name]):
+        raise ProgramError(
+            f"site {name!r} was observed when AutoImplicit was made and is not in this call. Data that are there for some rows "
+            f"only are said in one call, by pyro.sample({name!r}, ..., obs=values, obs_mask=present); a guide written by "
+            "hand may also sample the site in some calls only"
+        )
 
 
 def _source(

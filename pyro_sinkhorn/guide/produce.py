@@ -53,6 +53,7 @@ class Recipe:
     noise_name:   of their sample site
     relative:     sites produced relative to their prior's moments
     temperature:  of relaxed discrete sites
+    below_globals: whether the program has globals, whose guide needs the gradient of the prior's scale
     """
 
     group: Group
@@ -62,6 +63,7 @@ class Recipe:
     noise_name: str
     relative: frozenset[str]
     temperature: float
+    below_globals: bool
 
     def sample(
         self, plates: tuple[Plate, ...], code: Tensor, prior: Trace, contexts: dict[str, Any], done: Produced
@@ -102,7 +104,7 @@ class Recipe:
             part = place_extra_plates(raw[..., column : column + n_raw], extra)
             column += n_raw
             if name in self.relative:
-                part = _relative_to_prior(name, part, fn, geometry)
+                part = _relative_to_prior(name, part, fn, geometry, not self.below_globals)
             part = part.to(_dtype(prior.nodes[name]["value"]))
             with entered(contexts, [plate.name for plate in extra]):
                 if isinstance(geometry, Discrete):
@@ -126,8 +128,8 @@ def joined(*tensors: Tensor) -> Tensor:
     return torch.cat([tensor.expand(*shape, tensor.shape[-1]) for tensor in tensors], -1)
 
 
-def _relative_to_prior(name: str, part: Tensor, fn: Any, geometry: Geometry) -> Tensor:
-    found = moments(fn, geometry)
+def _relative_to_prior(name: str, part: Tensor, fn: Any, geometry: Geometry, detach_scale: bool) -> Tensor:
+    found = moments(fn, geometry, detach_scale)
     if found is None:
         raise NonFiniteError(
             f"latent site {name!r}: the mean or standard deviation of its prior is NaN, infinite or zero "

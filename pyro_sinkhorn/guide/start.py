@@ -7,6 +7,11 @@ A site on the line whose prior depends on no other *local* latent is produced re
 with the moments of the current call, gradients included. So latents move along with a global above them (otherwise
 the match ties each to the other, and both crawl), and with the covariates of their slice. Other sites start at the
 location and scale of prior draws in raw space, estimated once.
+
+The standard deviation is a number without gradient where no global is above: else the clouds of guide and prior grow and
+shrink together, the match prefers both small, and a scale that is learned crawls (true 2, start 1, after 200 steps .92
+with the gradient and 2.07 without; at ``prior_weight=100``, .70 and 1.70). The guide of a global needs the whole
+gradient, since its latents move with each of its draws.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ from pyro_sinkhorn.geometry.registry import geometry_of
 from pyro_sinkhorn.structure import parameters_of
 
 
-def moments(fn: Any, geometry: Geometry) -> tuple[Tensor, Tensor] | None:
+def moments(fn: Any, geometry: Geometry, detach_scale: bool = False) -> tuple[Tensor, Tensor] | None:
     """Mean and standard deviation of a prior, ``(*batch, numel)``; None where they are no natural start."""
     if not isinstance(geometry, Real) or geometry.heavy_tailed:
         return None
@@ -34,7 +39,7 @@ def moments(fn: Any, geometry: Geometry) -> tuple[Tensor, Tensor] | None:
     usable = loc.isfinite() & scale.isfinite() & (scale > 0)
     if not bool(usable.all()):
         return None
-    return geometry.flatten(loc), geometry.flatten(scale)
+    return geometry.flatten(loc), geometry.flatten(scale.detach() if detach_scale else scale)
 
 
 def stands_alone(first: Trace, second: Trace, name: str) -> bool:

@@ -7,12 +7,15 @@ lays the slices of the data plates out as rows: a :class:`Cloud` of shape ``(par
 Two kinds of columns are appended. A nested group carries the latents of the groups around it. Where the prior varies
 along the plate (covariates, observed parents), its parameters are appended, so that slices with unlike priors are
 not pooled.
+
+Rows that a mask leaves nothing of are dropped. Where it leaves some sites of a group (a short sequence, a label that is
+known), the columns of the others hold one constant in both clouds, so that only what counts is compared.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +25,7 @@ from torch import Tensor
 from pyro_sinkhorn.errors import NonFiniteError, ProgramError
 from pyro_sinkhorn.geometry.registry import geometry_of
 from pyro_sinkhorn.losses.states import JointStates
-from pyro_sinkhorn.structure import PARTICLE_PLATE, Group, Plate, Site, parameters_of
+from pyro_sinkhorn.structure import PARTICLE_PLATE, Group, Plate, Site, parameters_of, plates_of, present_of
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,14 @@ class Cloud:
     units:   ``(n,)``, equal for slices of one datum, which are never separated; None when every point is a unit
     weights: ``(n,)``, relative; None when all are equal
     states:  where the points would be in each of the states that a guide enumerated
+    paired:  rows are not exchangeable (they share weights, or units differ in size): split both clouds alike
     """
 
     points: Tensor
     units: Tensor | None = None
     weights: Tensor | None = None
     states: CloudStates | None = None
+    paired: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,22 +59,47 @@ class CloudStates:
 
 
 def slices(trace: Trace, group: Group) -> tuple[Tensor, float]:
-    """Weight of each slice of the group (mask times scale), ``(n,)``, and the number of data they stand for."""
+    """Weight of each slice of the group (scale, or 0 if masked), ``(n,)``, and the number of data they stand for."""
     n = math.prod(plate.size for plate in group.plates)
-    total: Tensor | None = None
+    scales, masks = [], []
     for name in group.sites:
         site = trace.nodes[name]
-        weight = torch.ones((), device=site["value"].device)
-        if isinstance(site["scale"], Tensor) or site["scale"] != 1:
-            weight = weight * torch.as_tensor(site["scale"], device=weight.device)
-        for mask in _masks(site):
-            weight = weight * mask
-        weight = _slice_weights(weight, site, group)
-        # A group is matched as one: a slice counts as far as all its sites do.
-        total = weight if total is None else torch.minimum(total, weight)
-    assert total is not None
-    total = total.expand(n)
+        one = torch.ones((), device=site["value"].device)
+        scale, present = torch.as_tensor(site["scale"], device=one.device), present_of(site)
+        scales.append(_slice_weights(one * scale, site, group).expand(n))
+        masks.append(_slice_weights(one if present is None else present.to(one), site, group).expand(n))
+    # A group is matched as one: a slice counts as far as all its sites do. A mask of some of them only hides these.
+    total = torch.stack(scales).amin(0) * torch.stack(masks).amax(0)
     return total, float(total.sum())
+
+
+def blanked(laid_out: Tensor, site: Site, plates: tuple[Plate, ...], blank: Tensor | None) -> Tensor:
+    """Rows ``(particles, n, ..., e)`` of a site with ``blank``, ``(e,)``, in place of what is masked."""
+    counts = _counts(site, plates)
+    if counts is None or blank is None:
+        return laid_out
+    counts = counts.repeat_interleave(laid_out.shape[-1] // counts.shape[-1], -1)
+    counts = counts.reshape(*counts.shape[:2], *[1] * (laid_out.dim() - 3), -1)
+    return torch.where(counts, laid_out, blank.to(laid_out))
+
+
+def is_ragged(trace: Trace, names: Iterable[str], weights: Tensor, group: Group) -> bool:
+    """Whether a mask hides some of these sites in slices that count: such slices are no longer exchangeable."""
+    found = [_counts(trace.nodes[name], group.plates) for name in names]
+    return any(counts is not None and not bool(counts[:, weights > 0].all()) for counts in found)
+
+
+def _counts(site: Site, plates: tuple[Plate, ...]) -> Tensor | None:
+    """Which rows of a site count, ``(particles, n, slices inside the row)``; None if all do."""
+    present = present_of(site)
+    if present is None or bool(present.all()):
+        return None
+    own = plates_of(site)
+    shape = [1] * max((-plate.dim for plate in own), default=0)
+    for plate in own:
+        shape[plate.dim] = plate.size
+    batch = torch.broadcast_shapes(present.shape, tuple(shape))
+    return rows(present.expand(batch).unsqueeze(-1), particles_of(site), plates)
 
 
 def embedded(
@@ -162,23 +192,15 @@ def make_cloud(points: Tensor, weights: Tensor, group: Group, states: CloudState
         if states is not None:
             states = CloudStates(states.points[:, keep], states.probabilities[:, keep])
     equal = bool((weights == weights[0]).all())
-    return Cloud(points, units, None if equal else weights.to(points.dtype), states)
+    ragged = units is not None and len(units.unique(return_counts=True)[1].unique()) > 1
+    return Cloud(
+        points, units, None if equal else weights.to(points.dtype), states, paired=ragged or not equal
+    )
 
 
 def particles_of(site: Site) -> int:
     """How many vectorised particles a site holds."""
     return next((frame.size for frame in site["cond_indep_stack"] if frame.name == PARTICLE_PLATE), 1)
-
-
-def _masks(site: Site) -> Iterator[Tensor]:
-    """Masks of handlers and of ``fn.mask``."""
-    if site["mask"] is not None:
-        yield torch.as_tensor(site["mask"], device=site["value"].device).to(torch.get_default_dtype())
-    fn = site["fn"]
-    while hasattr(fn, "base_dist"):
-        if hasattr(fn, "_mask"):
-            yield torch.as_tensor(fn._mask, device=site["value"].device).to(torch.get_default_dtype())
-        fn = fn.base_dist
 
 
 def _slice_weights(weight: Tensor, site: Site, group: Group) -> Tensor:

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from pyro_sinkhorn.geometry.registry import geometry_of
 from pyro_sinkhorn.losses.cliques import Clique
-from pyro_sinkhorn.losses.clouds import embedded, varying_parameters
+from pyro_sinkhorn.losses.clouds import blanked, embedded, varying_parameters
 from pyro_sinkhorn.losses.matching import MatchState, mean_cost
 from pyro_sinkhorn.losses.prior import reference_rows
 from pyro_sinkhorn.losses.site_cost import GroupCost, SiteCost, site_cost
 from pyro_sinkhorn.losses.states import JointStates
 from pyro_sinkhorn.ot.cost import Cost
-from pyro_sinkhorn.structure import plates_of
+from pyro_sinkhorn.structure import Group, plates_of
 
 
 class Coordinates:
@@ -63,7 +63,8 @@ class Coordinates:
                 rows = rows if centre is None else rows - centre.to(rows)
                 geometry = geometry_of(trace.nodes[name]["fn"], name)
                 rows = geometry.finish(rows / unit.to(rows), heavy=centre is not None)
-            columns.append(rows)
+            blank = self.state.units.get(blank_of(name))
+            columns.append(blanked(rows, trace.nodes[name], clique.group.plates, blank))
         particles = max(rows.shape[0] for rows in columns)
         return [rows.expand(particles, *rows.shape[1:]) for rows in columns]
 
@@ -84,7 +85,8 @@ class Coordinates:
         """Columns that tell slices with unlike priors apart, together as far apart as the latents are."""
         if constant is None:
             return None
-        features = varying_parameters(constant, clique.group)
+        # Those of the latents carried along, too: slices that differ in them are not exchangeable either.
+        features = varying_parameters(constant, Group(clique.sites, clique.group.plates))
         if features is None:
             return None
         key = f"features of {clique.name}"
@@ -101,7 +103,11 @@ class Coordinates:
 
         Only what has not been estimated before.
         """
-        wanted = {*own, *(factor_of(name) for name, cost in own.items() if cost is not None)}
+        wanted = {
+            *own,
+            *map(blank_of, own),
+            *(factor_of(name) for name, cost in own.items() if cost is not None),
+        }
         if clique.name in self.state.mean_costs and wanted <= set(self.state.units):
             return
         plates = clique.group.plates
@@ -126,6 +132,11 @@ class Coordinates:
                 if cost is not None and factor_of(name) not in self.state.units:
                     mean = mean_cost(cost.matrix, pooled[:, start : start + rows.shape[-1]])
                     self.state.units[factor_of(name)] = 2 * max(cost.geometry.dim, 1) / mean
+                if blank_of(name) not in self.state.units:
+                    drawn = pooled[:, start : start + rows.shape[-1]]
+                    # The draw nearest to the mean: a constant between blank and other rows that costs little.
+                    nearest = (drawn - drawn.mean(0)).square().sum(-1).argmin()
+                    self.state.units[blank_of(name)] = drawn[nearest]
                 start += rows.shape[-1]
             self.state.mean_costs[clique.name] = mean_cost(self.cost(first, clique, own), pooled)
 
@@ -153,6 +164,11 @@ class Draws:
 def factor_of(name: str) -> str:
     """Where the factor of a site's own cost is kept among the units."""
     return f"cost of {name}"
+
+
+def blank_of(name: str) -> str:
+    """Where the row that stands for a masked site is kept among the units."""
+    return f"blank of {name}"
 
 
 def centre_of(name: str) -> str:

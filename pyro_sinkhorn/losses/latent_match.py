@@ -14,6 +14,7 @@ from pyro_sinkhorn.losses.cliques import Clique, Grouping, cliques_of, model_gra
 from pyro_sinkhorn.losses.clouds import (
     Cloud,
     CloudStates,
+    is_ragged,
     make_cloud,
     particles_of,
     rows,
@@ -195,7 +196,7 @@ class LatentMatch:
             x,
             [cloud(prior) for prior in priors],
             self.state.mean_costs[clique.name].to(x.points),
-            features is not None or x.weights is not None,
+            features is not None or x.paired or is_ragged(call.scored, own, weights, clique.group),
             found.cost(priors[0], clique, own),
             float(weights.sum()),
         )

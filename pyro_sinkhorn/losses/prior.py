@@ -34,7 +34,7 @@ def prior_trace(
     """
     values = fixed_values(structure, scored)
     trace = run_model(model, args, kwargs, values=values, stop_after=structure.locals, grad=True)
-    check_appeared(trace, structure.locals)
+    check_appeared(trace, structure.locals, known=structure.globals)
     return trace
 
 

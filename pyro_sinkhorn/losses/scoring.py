@@ -17,7 +17,16 @@ from torch import Tensor
 from pyro_sinkhorn.distributions.implicit import Implicit
 from pyro_sinkhorn.errors import NonFiniteError, ProgramError
 from pyro_sinkhorn.explain import explained
-from pyro_sinkhorn.structure import Site, Structure, innermost, is_data, is_latent, plates_of, sample_sites
+from pyro_sinkhorn.structure import (
+    Site,
+    Structure,
+    innermost,
+    is_data,
+    is_latent,
+    plates_of,
+    present_of,
+    sample_sites,
+)
 
 
 def check_guide(guide: Trace, structure: Structure, enumerated: Collection[str] = ()) -> None:
@@ -31,7 +40,8 @@ def check_guide(guide: Trace, structure: Structure, enumerated: Collection[str] 
     if missing:
         raise ProgramError(
             f"the guide does not sample the latent sites {missing}; it samples {sorted(produced)}. Every latent of "
-            "the model needs a sample statement of the same name in the guide"
+            "the model needs a sample statement of the same name in the guide, and must be sampled in every call, whatever "
+            "the values of the others"
         )
     unknown = [name for name in produced if name not in structure.latents]
     if unknown:
@@ -89,6 +99,11 @@ def check_inputs(read: dict[str, Tensor], model: Trace) -> None:
     :raises ProgramError: they differ
     """
     for name, value in read.items():
+        if name not in model.nodes or not is_data(model.nodes[name]):
+            raise ProgramError(
+                f"observed site {name!r}, which AutoImplicit read, was not observed when the model ran with the guide's "
+                "latents: which sites are observed must not depend on latents"
+            )
         observed = model.nodes[name]["value"]
         if value is observed:
             continue
@@ -123,6 +138,7 @@ def log_density(
         if "log_prob_sum" not in site:
             _check_dtype(name, site)
             try:
+                _fill_masked(site)
                 trace.compute_log_prob(lambda n, _site, wanted=name: n == wanted)
             except (ValueError, RuntimeError, IndexError, TypeError, NotImplementedError) as error:
                 raise ProgramError(_unscored(name, site, owner, error)) from error
@@ -190,9 +206,9 @@ def number_of_data(model: Trace, structure: Structure) -> float:
 def blame(model: Trace, guide: Trace, structure: Structure) -> NonFiniteError | None:
     """Find where a non-finite loss came from, looking at causes before effects: data, latents, decoder, density."""
     for name in structure.data:
-        value = model.nodes[name]["value"]
-        if value.is_floating_point() and not bool(value.isfinite().all()):
-            bad = (~value.isfinite()).reshape(len(value), -1).any(-1) if value.dim() else ~value.isfinite()
+        value, finite = model.nodes[name]["value"], _finite_or_masked(model.nodes[name])
+        if value.is_floating_point() and not bool(finite.all()):
+            bad = (~finite).reshape(len(value), -1).any(-1) if value.dim() else ~finite
             return NonFiniteError(
                 f"observed site {name!r}: the data of shape {tuple(value.shape)} are NaN or infinite in "
                 f"{int(bad.sum())} rows (first: {int(bad.nonzero()[0])} of this batch); remove or mask them"
@@ -218,6 +234,28 @@ def blame(model: Trace, guide: Trace, structure: Structure) -> NonFiniteError | 
             if "log_prob_sum" in site and not bool(torch.as_tensor(site["log_prob_sum"]).isfinite().all()):
                 return NonFiniteError(f"site {name!r} of the {owner}: its log density is NaN or infinite")
     return None
+
+
+def _fill_masked(site: Site) -> None:
+    """Put a draw in place of masked data outside the support: NaN or -1 in padding, whose density would poison gradients."""
+    present = present_of(site)
+    if present is None or not site["is_observed"] or bool(present.all()):
+        return
+    fn, value = site["fn"], site["value"]
+    inside = fn.support.check(value)
+    wrong = ~(inside | present)
+    if bool(wrong.any()):
+        with torch.no_grad():
+            draw = fn.sample().to(value)
+        site["value"] = torch.where(wrong.reshape(*wrong.shape, *[1] * len(fn.event_shape)), draw, value)
+
+
+def _finite_or_masked(site: Site) -> Tensor:
+    """Which entries of an observed value are numbers, or do not count."""
+    finite, present = site["value"].isfinite(), present_of(site)
+    if present is None:
+        return finite
+    return finite | ~present.reshape(*present.shape, *[1] * len(site["fn"].event_shape))
 
 
 def _check_dtype(name: str, site: Site) -> None:
