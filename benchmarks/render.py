@@ -14,6 +14,7 @@ from typing import Any
 
 import render_priors
 import render_simulators
+import render_structure
 from _tables import ROOT, load, origin, table
 
 DOCUMENTS = [
@@ -198,6 +199,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "step parts": step_parts,
     **render_simulators.SECTIONS,
     **render_priors.SECTIONS,
+    **render_structure.SECTIONS,
     "step ratio": lambda: f"{load('svi_step_cost')['table'][-1]['ratio_to_elbo']:.1f}",
 }
 

@@ -24,8 +24,20 @@ from pyro_sinkhorn.models.simulators import (
     lotka_volterra,
     simulate_lotka_volterra,
 )
+from pyro_sinkhorn.models.topics import (
+    BagOfWords,
+    SoftmaxNormalGuide,
+    TopicDecoder,
+    TopicEncoder,
+    prod_lda,
+    prod_lda_normal,
+)
 
 __all__ = [
+    "BagOfWords",
+    "SoftmaxNormalGuide",
+    "TopicDecoder",
+    "TopicEncoder",
     "correlation_digits",
     "decoder_network",
     "digits_with",
@@ -40,6 +52,8 @@ __all__ = [
     "latent_grid",
     "lotka_volterra",
     "mixture_digits",
+    "prod_lda",
+    "prod_lda_normal",
     "ranked_digits",
     "simulate_lotka_volterra",
     "sphere_and_normal",

@@ -1,0 +1,77 @@
+"""Tables of the benchmarks of structured programs: topics of documents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from _tables import load, origin, table
+
+
+def _with_width(measure: dict[str, float], digits: int) -> str:
+    return f"{measure['mean']:.{digits}f} ± {measure['half_width']:.{digits}f}"
+
+
+def _prior(row: dict[str, Any]) -> str:
+    return "N(0, 1)" if row["concentration"] is None else f"{row['concentration']:g}"
+
+
+def newsgroups() -> str:
+    """Perplexity and coherence on the test documents."""
+    result = load("newsgroups")
+    rows = [
+        [
+            row["method"],
+            row["rule"],
+            _prior(row),
+            f"{row['weight']:g}",
+            _with_width(row["perplexity"], 0),
+            _with_width(row["npmi_test"], 3),
+            _with_width(row["npmi_train"], 3),
+            f"{row['diversity']['mean']:.2f}",
+            f"{row['ms_per_step']['mean']:.0f}",
+        ]
+        for row in result["summary"]
+    ]
+    head = [
+        "method", "setting chosen by", "concentration", "weight", "perplexity", "NPMI, test documents",
+        "NPMI, training documents", "diversity", "CPU ms a step",
+    ]  # fmt: skip
+    unigram = (
+        f"\n\nPerplexity of one distribution of words for all documents: {result['unigram_perplexity']:.0f}."
+    )
+    return table(head, rows) + unigram + origin(result)
+
+
+def newsgroups_tuning() -> str:
+    """Every setting that was tried, on validation documents."""
+    rows = [
+        [
+            row["method"],
+            _prior(row),
+            f"{row['weight']:g}",
+            f"{row['perplexity']:.0f}",
+            f"{row['npmi_train']:.3f}",
+        ]
+        for row in load("newsgroups")["runs"]
+        if row["part"] == "validation"
+    ]
+    return table(["method", "concentration", "weight", "perplexity", "NPMI"], rows)
+
+
+def newsgroups_words() -> str:
+    """Ten largest words of some topics, first seed."""
+    rows = [row for row in load("newsgroups")["summary"] if row["rule"] != "lowest perplexity"]
+    lines = []
+    for row in rows[:2]:
+        lines.append(f"{row['method']}, first eight topics:\n")
+        lines += [f"- {words}" for words in row["top_words"][:8]]
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+SECTIONS: dict[str, Callable[[], str]] = {
+    "newsgroups": newsgroups,
+    "newsgroups tuning": newsgroups_tuning,
+    "newsgroups words": newsgroups_words,
+}
