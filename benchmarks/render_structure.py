@@ -1,4 +1,4 @@
-"""Tables of the benchmarks of structured programs: topics of documents."""
+"""Tables of the benchmarks of structured programs: topics of documents, cliques of a time series."""
 
 from __future__ import annotations
 
@@ -14,6 +14,33 @@ def _with_width(measure: dict[str, float], digits: int) -> str:
 
 def _prior(row: dict[str, Any]) -> str:
     return "N(0, 1)" if row["concentration"] is None else f"{row['concentration']:g}"
+
+
+def cliques() -> str:
+    """What every grouping leaves of a state space, seed by seed."""
+    result = load("state_space_cliques")
+    truth, reference = result["truth"], result["reference"]
+
+    def row(name: str, seed: str, found: dict[str, Any]) -> list[str]:
+        learned = found.get("learned", truth)
+        return [
+            name,
+            seed,
+            *(f"{value:.2f}" for value in (*found["smoothed"], *found["encoded_transitions"])),
+            f"{found['generated_c2st']:.2f}",
+            *(f"{learned[key]:.2f}" for key in truth),
+            f"{found['reconstruction']:.1f}" if "reconstruction" in found else "",
+        ]
+
+    rows = [row("truth; particle smoother", "", reference)]
+    order = {name: i for i, name in enumerate(dict.fromkeys(found["groups"] for found in result["rows"]))}
+    for found in sorted(result["rows"], key=lambda found: (order[found["groups"]], found["seed"])):
+        rows.append(row(found["groups"], str(found["seed"]), found))
+    head = [
+        "groups", "seed", "path: position", "velocity", "transition: position", "velocity", "generated C2ST", "damping",
+        "state noise", "obs. noise", "reconstruction",
+    ]  # fmt: skip
+    return table(head, rows) + origin(result)
 
 
 def newsgroups() -> str:
@@ -71,6 +98,7 @@ def newsgroups_words() -> str:
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
+    "cliques": cliques,
     "newsgroups": newsgroups,
     "newsgroups tuning": newsgroups_tuning,
     "newsgroups words": newsgroups_words,

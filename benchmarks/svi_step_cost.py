@@ -38,6 +38,8 @@ from torch import Tensor, nn
 
 import pyro_sinkhorn.guide.auto_implicit
 import pyro_sinkhorn.losses.base
+import pyro_sinkhorn.losses.call
+import pyro_sinkhorn.losses.coordinates
 import pyro_sinkhorn.losses.latent_match
 import pyro_sinkhorn.losses.matching
 import pyro_sinkhorn.losses.trace_sinkhorn
@@ -168,10 +170,11 @@ def profile(row: Row, data: Tensor, rounds: int) -> dict[str, Any]:
         (losses.trace_sinkhorn, "check_guide"): "checks",
         (losses.trace_sinkhorn, "check_supports"): "checks",
         (losses.trace_sinkhorn, "log_density"): "likelihood",
-        (losses.latent_match, "prior_trace"): "prior run",
-        (losses.latent_match, "constant_trace"): "prior run",
+        (losses.call, "prior_trace"): "prior run",
+        (losses.call, "constant_trace"): "prior run",
         (losses.latent_match, "varying_parameters"): "clouds",
-        (losses.latent_match, "embedded"): "clouds",
+        (losses.coordinates, "embedded"): "clouds",
+        (losses.coordinates, "varying_parameters"): "clouds",
         (losses.latent_match, "make_cloud"): "clouds",
         (losses.latent_match, "slices"): "clouds",
         (losses.latent_match, "match"): "match: split, costs, value",
