@@ -63,7 +63,10 @@ class History:
 
 
 def as_tensor(value: Any, device: torch.device | None) -> Any:
-    """Arrays to tensors, floats to the default dtype, everything to the device; other arguments as they are."""
+    """Arrays to tensors, floats to the default dtype, everything to the device; other arguments as they are.
+
+    Data are data: a graph behind them, left by whatever simulated them, would be walked a second time at the second step.
+    """
     if isinstance(value, np.ndarray):
         # torch cannot share memory that is read-only or runs backwards.
         shareable = value.flags.writeable and all(stride >= 0 for stride in value.strides)
@@ -72,7 +75,7 @@ def as_tensor(value: Any, device: torch.device | None) -> Any:
             value = value.to(torch.get_default_dtype())
     if isinstance(value, Tensor) and device is not None:
         value = value.to(device)
-    return value
+    return value.detach() if isinstance(value, Tensor) and value.requires_grad else value
 
 
 @dataclass

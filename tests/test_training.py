@@ -97,6 +97,7 @@ def test_arrays_become_tensors_of_the_default_dtype():
     tensor = torch.zeros(2, dtype=torch.float32)
     assert as_tensor(tensor, None) is tensor and as_tensor("text", None) == "text"
     assert as_tensor(tensor, torch.device("cpu")).device.type == "cpu"
+    assert not as_tensor(2 * torch.zeros(2, requires_grad=True), None).requires_grad
 
 
 # History.
