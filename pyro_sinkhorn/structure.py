@@ -137,14 +137,21 @@ def present_of(site: Site) -> Tensor | None:
 
 
 def masks_of(site: Site) -> Iterator[Tensor]:
-    """Masks of handlers and of ``fn.mask``, as booleans; a mask of a plain True is none."""
-    masks, fn = [site["mask"]], site["fn"]
+    """Masks of handlers and of ``fn.mask``, as booleans; a mask of a plain True is none.
+
+    One inside ``to_event`` (``fn.mask(m).to_event(1)``) has dimensions of the event: the event counts where any of it does.
+    """
+    masks, fn, inside = [(site["mask"], 0)], site["fn"], 0
     while hasattr(fn, "base_dist"):
-        masks.append(getattr(fn, "_mask", None))
+        masks.append((getattr(fn, "_mask", None), inside))
+        inside += getattr(fn, "reinterpreted_batch_ndims", 0)
         fn = fn.base_dist
-    for mask in masks:
+    for mask, inside in masks:
         if isinstance(mask, Tensor):
-            yield mask if mask.dtype == torch.bool else mask != 0
+            present = mask if mask.dtype == torch.bool else mask != 0
+            for _ in range(min(inside, present.dim())):
+                present = present.any(-1)
+            yield present
         elif mask is not None and not mask:
             yield torch.zeros((), dtype=torch.bool, device=site["value"].device)
 

@@ -9,7 +9,7 @@ import torch
 from pyro import poutine
 from torch import nn
 
-from pyro_sinkhorn import AutoImplicit, SinkhornProgram, Trace_Sinkhorn
+from pyro_sinkhorn import AutoImplicit, Implicit, SinkhornProgram, Trace_Sinkhorn
 from pyro_sinkhorn.errors import NonFiniteError
 
 N, D = 16, 3
@@ -305,3 +305,27 @@ def test_calls_with_and_without_labels_with_a_guide_by_hand(step):
     x, y = torch.randn(2, N)
     assert step(model, guide, x).match.keys() == {"y, z"}
     assert step(model, guide, x, y).match.keys() == {"z"}
+
+
+def test_a_mask_inside_the_event_is_one_of_the_whole_event():
+    """As Pyro's deep Markov model writes it: ``.mask(m).to_event(1)`` with a mask of shape (n, 1)."""
+
+    def model(x, present, inside):
+        mask = present.unsqueeze(-1)
+        with pyro.plate("data", len(x)):
+            prior, noise = dist.Normal(torch.zeros(3), 1.0).expand([len(x), 3]), 0.5
+            z = pyro.sample("z", prior.mask(mask).to_event(1) if inside else prior.to_event(1).mask(present))
+            seen = dist.Normal(z, noise)
+            pyro.sample("x", seen.mask(mask).to_event(1) if inside else seen.to_event(1).mask(present), obs=x)
+
+    def guide(x, present, inside):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", Implicit(x / 2, event_dim=1))
+
+    x, present = torch.randn(16, 3), torch.arange(16) < 12
+    losses = []
+    for inside in (False, True):
+        pyro.set_rng_seed(0)
+        losses.append(Trace_Sinkhorn(match_size=4).loss(model, guide, x, present, inside))
+        AutoImplicit(model)(x, present, inside)
+    assert losses[0] == pytest.approx(losses[1])
