@@ -216,8 +216,8 @@ def _integers(fn: Any) -> Geometry:
     """Between ends that may differ along the batch, from the lowest to the highest."""
     core, ends = _core(fn), base_support(fn)
     low, high = torch.as_tensor(ends.lower_bound).min(), torch.as_tensor(ends.upper_bound).max()
-    listed = getattr(core, "has_enumerate_support", False)
-    dtype = core.enumerate_support(expand=False).dtype if listed else torch.get_default_dtype()
+    # Of labels; counts are floating points. A distribution with ends that differ would not list its states.
+    dtype = torch.long if isinstance(core, torch.distributions.Categorical) else torch.get_default_dtype()
     return Integers(fn.event_shape, int(low), int(high), dtype)
 
 

@@ -21,7 +21,7 @@ from pyro_sinkhorn.guide.make import make_group
 from pyro_sinkhorn.guide.observed import Observed, Readings, find_observed, read_observed
 from pyro_sinkhorn.guide.produce import Produced, Recipe, entered
 from pyro_sinkhorn.guide.start import moments, stands_alone
-from pyro_sinkhorn.guide.states import DISCRETE, mass_beyond
+from pyro_sinkhorn.guide.states import DISCRETE, key_of, mass_beyond
 from pyro_sinkhorn.runs import check_appeared, preserved_buffers, run_model, subsamples
 from pyro_sinkhorn.structure import Group, Plate, Structure, plates_of, structure_of
 
@@ -161,11 +161,11 @@ class AutoImplicit(PyroModule):
         return values
 
     def _recipe(self, i: int, group: Group) -> Recipe:
-        head = self.heads[i]
+        head, made = self.heads[i], cast(nn.ModuleDict, self.state_heads[i])
         return Recipe(
             group,
             head if isinstance(head, NoiseHead) else None,
-            dict(cast(nn.ModuleDict, self.state_heads[i]).items()),
+            {name: made[key_of(name)] for name in group.sites if key_of(name) in made},
             self._noise_dims[i],
             f"{self._pyro_name}_noise_{i}",
             self._relative,

@@ -15,7 +15,7 @@ from pyro_sinkhorn.geometry.registry import geometry_of
 from pyro_sinkhorn.guide.encoder import NoiseHead
 from pyro_sinkhorn.guide.produce import Produced, num_outputs
 from pyro_sinkhorn.guide.start import start
-from pyro_sinkhorn.guide.states import StateHead, log_prior_of
+from pyro_sinkhorn.guide.states import StateHead, key_of, log_prior_of
 from pyro_sinkhorn.structure import Group, plates_of, refuse_inner_plates
 
 
@@ -38,7 +38,7 @@ def make_group(
     :param relative: sites produced relative to their prior's moments
     :param enumerated: whether discrete sites get a probability for every state
     :param noise_dim: as asked for, or None for as many as raw outputs
-    :param states: states of discrete sites from an earlier set-up, which win over the prior's
+    :param states: states of discrete sites from an earlier set-up by key, which win over the prior's
     """
     nodes = draws[0].nodes
     floating = [nodes[n]["value"] for n in group.sites if nodes[n]["value"].is_floating_point()]
@@ -53,15 +53,15 @@ def make_group(
             continue
         plates = {plate.name for plate in plates_of(nodes[name])}
         refuse_inner_plates(name, plates - {plate.name for plate in group.plates})
-        values = states.get(name, geometry.states(name)).to(code.device)
+        values = states.get(key_of(name), geometry.states(name)).to(nodes[name]["value"])
         log_prior = log_prior_of(fn, values).to(**factory)
-        state_heads[name] = StateHead(width, values, log_prior, hidden, factory)
+        state_heads[key_of(name)] = StateHead(width, values, log_prior, hidden, factory)
         embedded = geometry.embed(nodes[name]["value"]).to(code)
         done.states.append((group.plates, embedded))
         width += embedded.shape[-1]
     names = {plate.name for plate in group.plates}
     for name in group.sites:
-        if name in state_heads:
+        if key_of(name) in state_heads:
             continue
         site = nodes[name]
         geometry = geometry_of(site["fn"], name)

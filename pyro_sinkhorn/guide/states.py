@@ -18,6 +18,11 @@ from pyro_sinkhorn.geometry.registry import geometry_of
 DISCRETE = ("enumerate", "straight_through")
 
 
+def key_of(name: str) -> str:
+    """Key of a site among modules, which may be called neither ``a.b`` nor like a method of the dictionary (``type``)."""
+    return "site_" + name.replace(".", "/")
+
+
 class StateHead(nn.Module):
     r"""Code to a distribution over the states of one site, :math:`\mathrm{softmax}(\log p + h_\phi(x))`.
 
@@ -47,18 +52,31 @@ class StateHead(nn.Module):
         self.register_buffer("log_prior", log_prior)
 
     def forward(self, code: Tensor, support: Any) -> Finite:
-        """``(..., width)`` to a distribution of batch shape ``(...)``."""
-        return Finite(self.values, self.log_prior + self.mixed(code), support, validate_args=False)
+        """``(..., width)`` to a distribution of batch shape ``(...)``; what a support that varies leaves out is impossible."""
+        logits = self.log_prior + self.mixed(code)
+        possible = support.check(laid_out(self.values, logits.dim() - 1))
+        if not bool(possible.all()):
+            logits = torch.where(possible.movedim(0, -1), logits, -torch.inf)
+        return Finite(self.values, logits, support, validate_args=False)
+
+
+def laid_out(values: Tensor, batch_dim: int) -> Tensor:
+    """States ``(S, *event_shape)`` with room for a batch: ``(S, 1, ..., 1, *event_shape)``."""
+    return values.reshape(len(values), *(1,) * batch_dim, *values.shape[1:])
 
 
 @torch.no_grad()
 def log_prior_of(fn: Any, values: Tensor) -> Tensor:
     """Log probabilities of the states, averaged over the batch of a prior; equal ones where it has no density."""
-    states = values.reshape(len(values), *(1,) * len(fn.batch_shape), *values.shape[1:])
+    states = laid_out(values, len(fn.batch_shape))
+    inside = fn.support.check(states)
     try:
-        log_prob = fn.log_prob(states).reshape(len(values), -1)
+        # Outside a support that varies along the batch, a feasible value is scored in place of the state.
+        chosen = inside.reshape(*inside.shape, *[1] * len(fn.event_shape))
+        log_prob = fn.log_prob(torch.where(chosen, states, states[:1]))
     except NotImplementedError:
         return torch.zeros(len(values), device=values.device)
+    log_prob = log_prob.masked_fill(~inside, -torch.inf).reshape(len(values), -1)
     mean = log_prob.logsumexp(-1) - torch.tensor(float(log_prob.shape[-1])).log()
     # A state that is impossible in this batch may be possible in the next.
     return mean.clamp_min(-10.0)

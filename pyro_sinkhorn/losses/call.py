@@ -8,7 +8,7 @@ from typing import Any
 
 from pyro.poutine.trace_struct import Trace
 
-from pyro_sinkhorn.losses.prior import constant_trace, prior_trace
+from pyro_sinkhorn.losses.prior import constant_traces, prior_trace
 from pyro_sinkhorn.losses.states import Enumeration
 from pyro_sinkhorn.structure import Structure
 
@@ -32,6 +32,6 @@ class Call:
         """A fresh prior run, conditional on the globals and sub-samples of the scored one."""
         return prior_trace(self.model, self.args, self.kwargs, self.structure, self.scored)
 
-    def constant(self, prior: Trace) -> Trace:
-        """A run whose latents agree in all slices."""
-        return constant_trace(self.model, self.args, self.kwargs, self.structure, self.scored, prior)
+    def constant(self, prior: Trace) -> list[Trace]:
+        """Runs whose latents agree in all slices, together in several states where there are any."""
+        return constant_traces(self.model, self.args, self.kwargs, self.structure, self.scored, prior)

@@ -14,6 +14,9 @@ their laws are equal, and hardly further if they are not. A prior that factorise
 :math:`p(z) = \prod_i p(z_i \mid z_{\mathrm{pa}(i)})`, is determined by the laws of its *families*
 :math:`(z_i, z_{\mathrm{pa}(i)})`, each of few dimensions. What they leave open is whether the guide's cloud has
 dependences beyond the graph. Each clique gets an equal share of the weight, so that ``prior_weight`` keeps its meaning.
+
+Covariates are compared along where they enter the prior of a latent of the clique itself. Below such a latent, in another
+clique, slices are only kept apart in the split: laws are compared over all slices there.
 """
 
 from __future__ import annotations
@@ -96,7 +99,8 @@ def cliques_of(
     elif grouping == "markov":
         families = _families(structure, parents())
     else:
-        families = [tuple(clique) for clique in grouping]
+        # The same latents twice would share the weight with themselves.
+        families = list({frozenset(clique): tuple(dict.fromkeys(clique)) for clique in grouping}.values())
         _check_families(families, structure)
     cliques = [_clique(family, structure) for family in families]
     return [

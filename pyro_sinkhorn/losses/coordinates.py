@@ -81,14 +81,19 @@ class Coordinates:
         ]
         return GroupCost(list(zip(widths, own.values(), factors, strict=True)))
 
-    def features(self, constant: Trace | None, clique: Clique) -> Tensor | None:
+    def features(self, constant: list[Trace], clique: Clique) -> Tensor | None:
         """Columns that tell slices with unlike priors apart, together as far apart as the latents are."""
-        if constant is None:
-            return None
         # Those of the latents carried along, too: slices that differ in them are not exchangeable either.
-        features = varying_parameters(constant, Group(clique.sites, clique.group.plates))
-        if features is None:
+        group = Group(clique.sites, clique.group.plates)
+        found: list[Tensor] = []
+        for run in constant:
+            varying = varying_parameters(run, group)
+            # States mostly do not change how the covariates enter.
+            if varying is not None and not any(torch.equal(varying, other) for other in found):
+                found.append(varying)
+        if not found:
             return None
+        features = torch.cat(found, -1)
         key = f"features of {clique.name}"
         spread = 2 * features.flatten(0, 1).var(0, correction=0).sum()
         unit = (spread / self.state.mean_costs[clique.name].to(spread)).sqrt()

@@ -136,13 +136,18 @@ class LatentMatch:
         return cliques_of(self.grouping, call.structure, graph)
 
     def _compare(self, call: Call, left: Trace, priors: list[Trace]) -> list[GroupMatch]:
-        constant: Trace | None = None
+        constant: list[Trace] = []
         check_names(self.options.cost, set(call.structure.locals))
         cliques = self.cliques(call)
         # Asked at every call: a batch may have equal covariates by chance, a prior network may start at zero. The run
         # is spared where parameters agree even below different latents.
         if any(varying_parameters(priors[0], clique.group) is not None for clique in cliques):
             constant = call.constant(priors[0])
+        varying = [
+            group
+            for group in call.structure.groups
+            if any(varying_parameters(run, group) is not None for run in constant)
+        ]
         draws = Draws(call.prior)
         values: dict[str, Tensor] = {}
         n_data: dict[str, float] = {}
@@ -153,7 +158,10 @@ class LatentMatch:
             if n == 0:
                 values[clique.name] = torch.zeros(())
             else:
-                ready.append(self._prepare(call, left, priors, constant, clique, weights, draws))
+                # Covariates reach a clique through latents that it does not hold: its slices have unlike laws, too.
+                unlike = any(set(group.plates) <= set(clique.group.plates) for group in varying)
+                prepared = self._prepare(call, left, priors, constant, clique, weights, draws, unlike)
+                ready.append(prepared)
         while ready:
             batch = [other for other in ready if other is ready[0] or other.like(ready[0])]
             ready = [other for other in ready if not any(other is one for one in batch)]
@@ -165,10 +173,11 @@ class LatentMatch:
         call: Call,
         left: Trace,
         priors: list[Trace],
-        constant: Trace | None,
+        constant: list[Trace],
         clique: Clique,
         weights: Tensor,
         draws: Draws,
+        unlike: bool,
     ) -> _Comparison:
         found = self.coordinates_of_prior
         own = found.own_costs(priors[0], clique)
@@ -196,7 +205,7 @@ class LatentMatch:
             x,
             [cloud(prior) for prior in priors],
             self.state.mean_costs[clique.name].to(x.points),
-            features is not None or x.paired or is_ragged(call.scored, own, weights, clique.group),
+            unlike or x.paired or is_ragged(call.scored, own, weights, clique.group),
             found.cost(priors[0], clique, own),
             float(weights.sum()),
         )
@@ -214,7 +223,9 @@ class LatentMatch:
         table = states.at_all(enumeration.probabilities(sites), 0).movedim(0, -1)
         points = torch.cat(columns, -1)
         probabilities = rows(table, particles_of(nodes[0]), clique.group.plates)
-        return CloudStates(points, probabilities.expand(points.shape[:-1]))
+        # Where only states are there, all particles share the places, and each has probabilities of its own.
+        lead = torch.broadcast_shapes(points.shape[:-1], probabilities.shape)
+        return CloudStates(points.expand(*lead, -1), probabilities.expand(lead))
 
     def _values(self, batch: list[_Comparison]) -> dict[str, Tensor]:
         """Mean divergence of every comparison of a batch: cliques lie side by side where else only particles do."""

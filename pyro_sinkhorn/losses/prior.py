@@ -15,9 +15,12 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_sinkhorn.runs import check_appeared, run_model, subsamples
-from pyro_sinkhorn.structure import Structure, parameters_of
+from pyro_sinkhorn.structure import Group, Site, Structure, parameters_of
 
 Model = Callable[..., Any]
+
+#: States of a discrete latent that constant runs go through, at most; others are shown at other calls.
+MAX_STATES_SHOWN = 8
 
 
 def fixed_values(structure: Structure, scored: Trace) -> dict[str, Tensor]:
@@ -38,28 +41,45 @@ def prior_trace(
     return trace
 
 
-def constant_trace(
+def constant_traces(
     model: Model,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     structure: Structure,
     scored: Trace,
     prior: Trace,
-) -> Trace:
-    """The model run with every local latent equal in all slices: what then varies comes from covariates."""
-    values = fixed_values(structure, scored)
+) -> list[Trace]:
+    """Runs of the model with every local latent equal in all slices: what then varies comes from covariates.
+
+    One run shows it where latents are continuous. A discrete one may switch the covariates off, so the runs go through
+    the states that the prior run drew of it, ``MAX_STATES_SHOWN`` at most.
+    """
+    fixed = fixed_values(structure, scored)
+    shown: dict[str, list[Tensor]] = {}
     for group in structure.groups:
         for name in group.sites:
-            site = prior.nodes[name]
-            value = site["value"].detach()
-            event_dim = len(site["fn"].event_shape)
-            first = value
-            for plate in group.plates:
-                axis = plate.dim - event_dim
-                if value.dim() >= -axis:
-                    first = first.narrow(axis, 0, 1)
-            values[name] = first.expand(value.shape).contiguous()
-    return run_model(model, args, kwargs, values=values, stop_after=structure.locals)
+            shown[name] = _shown(prior.nodes[name], group)
+    runs = []
+    for i in range(max(map(len, shown.values()))):
+        values = fixed | {name: found[i % len(found)] for name, found in shown.items()}
+        runs.append(run_model(model, args, kwargs, values=values, stop_after=structure.locals))
+    return runs
+
+
+def _shown(site: Site, group: Group) -> list[Tensor]:
+    """Values of a latent that are equal in all slices: the first slice's, or states of a discrete one, in random order."""
+    value = site["value"].detach()
+    event_dim = len(site["fn"].event_shape)
+    if getattr(site["fn"].support, "is_discrete", False):
+        states = value.flatten(0, value.dim() - event_dim - 1) if value.dim() > event_dim else value[None]
+        states = states.unique(dim=0)
+        chosen = states[torch.randperm(len(states), device=states.device)[:MAX_STATES_SHOWN]]
+        return [state.expand(value.shape).contiguous() for state in chosen]
+    for plate in group.plates:
+        axis = plate.dim - event_dim
+        if value.dim() >= -axis:
+            value = value.narrow(axis, 0, 1)
+    return [value.expand(site["value"].shape).contiguous()]
 
 
 def warn_if_gradient_lost(prior: Trace, structure: Structure, warned: set[str]) -> None:

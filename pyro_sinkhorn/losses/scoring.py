@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -73,9 +74,12 @@ def check_guide(guide: Trace, structure: Structure, enumerated: Collection[str] 
             )
 
 
-def check_supports(model: Trace, structure: Structure) -> None:
+def check_supports(
+    model: Trace, structure: Structure, enumerated: Mapping[str, Tensor] = MappingProxyType({})
+) -> None:
     """Guide values of local latents must lie in the prior's support (only under Pyro's validation).
 
+    :param enumerated: log probabilities of sites whose states are all laid out: those of probability zero may lie anywhere
     :raises ProgramError: naming the site and its support
     """
     if not is_validation_enabled():
@@ -84,6 +88,8 @@ def check_supports(model: Trace, structure: Structure) -> None:
         site = model.nodes[name]
         value, support = site["value"], site["fn"].support
         inside = support.check(renormalised(value.detach(), support))
+        if name in enumerated:
+            inside = inside | enumerated[name].isneginf()
         if not bool(inside.all()):
             raise ProgramError(
                 f"latent site {name!r}: {int((~inside).sum())} of {inside.numel()} guide values of shape "

@@ -159,8 +159,8 @@ class Enumeration:
                     "enumerated"
                 )
         weights = self.probabilities(sites)
-        # States of probability zero may be impossible: 0 times minus infinity.
-        return torch.where(weights > 0, weights * log_prob, torch.zeros_like(weights)).sum()
+        # States of probability zero may be impossible: 0 times minus infinity, in the gradient too.
+        return (weights * torch.where(weights > 0, log_prob, torch.zeros_like(log_prob))).sum()
 
     def _dims(self, value: Tensor, event_dim: int) -> set[int]:
         """Enumeration dimensions of a tensor."""
@@ -210,6 +210,14 @@ def check_enumeration(enumeration: Enumeration, structure: Structure) -> None:
             raise ProgramError(
                 f"global latent {site.name!r} is discrete: its states would share all data, and a cloud below every one of "
                 "them is not built. Marginalise it, fit a program for each of its states, or make it local"
+            )
+        within = {
+            plate.name for group in structure.groups if site.name in group.sites for plate in group.plates
+        }
+        if within and not site.plates & within:
+            raise ProgramError(
+                f"guide site {site.name!r} is in none of the plates {sorted(within)} that it is in in the model: its states "
+                "would share all data. Put the guide's sample statement into the same plates"
             )
         refuse_inner_plates(site.name, site.plates - {plate.name for plate in structure.data_plates})
 

@@ -11,7 +11,7 @@ from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 
-from pyro_sinkhorn.errors import ProgramError
+from pyro_sinkhorn.errors import NonFiniteError, ProgramError
 from pyro_sinkhorn.losses.states import Enumeration, check_enumeration, joint_counts, read_enumeration
 from pyro_sinkhorn.losses.trace_sinkhorn import Trace_Sinkhorn
 from pyro_sinkhorn.structure import Structure
@@ -87,7 +87,16 @@ class TraceEnum_Sinkhorn(Trace_Sinkhorn):
             guide, model = self._vectorized_num_particles(guide), self._vectorized_num_particles(model)
         enumerated = EnumMessenger(first_available_dim=-1 - self.max_plate_nesting)(config_enumerate(guide))
         for _ in range(1 if self.vectorize_particles else self.num_particles):
-            yield self._get_trace(model, _Bounded(self.max_states)(enumerated), args, kwargs)
+            bounded = _Bounded(self.max_states)
+            try:
+                traces = self._get_trace(model, bounded(enumerated), args, kwargs)
+            except (IndexError, RuntimeError, ValueError) as error:
+                if isinstance(error, (ProgramError, NonFiniteError)) or not bounded.seen:
+                    raise
+                raise ProgramError(
+                    _not_broadcast(bounded.seen, int(self.max_plate_nesting), error)
+                ) from error
+            yield traces
 
     def _enumeration(self, guide: Trace, scored: Trace, structure: Structure) -> Enumeration | None:
         enumeration = read_enumeration(guide, int(self.max_plate_nesting))
@@ -97,6 +106,16 @@ class TraceEnum_Sinkhorn(Trace_Sinkhorn):
         enumeration.draw()
         enumeration.trace = scored
         return enumeration
+
+
+def _not_broadcast(seen: list[tuple[str, int, frozenset[str]]], nesting: int, error: Exception) -> str:
+    said = ", ".join(f"{name!r} ({size} states)" for name, size, _ in seen)
+    return (
+        f"model or guide failed while it ran on all states of {said} at once: {str(error).strip()}. Every one of these sites "
+        f"has a dimension of its own for its states, left of the {nesting} of the plates, and whatever depends on it has it "
+        "too. Write the program so that it takes further dimensions on the left: layers that do not, such as BatchNorm and "
+        "Conv2d, want them flattened into one (h.reshape(-1, *h.shape[-k:])) and restored afterwards"
+    )
 
 
 class _Bounded(Messenger):

@@ -151,12 +151,11 @@ class Trace_Sinkhorn(SinkhornLoss):
     def _one(self, model: Any, scored: Trace, guide: Trace, args: Any, kwargs: Any) -> tuple[Tensor, Terms]:
         structure = structure_of(scored)
         enumeration = self._enumeration(guide, scored, structure)
-        check_guide(
-            guide, structure, () if enumeration is None else [site.name for site in enumeration.sites]
-        )
+        enumerated = {} if enumeration is None else {site.name: site.log_prob for site in enumeration.sites}
+        check_guide(guide, structure, enumerated)
         n_particles = self.num_particles if self.vectorize_particles else 1
         try:
-            check_supports(scored, structure)
+            check_supports(scored, structure, enumerated)
             if enumeration is None:
                 log_likelihood = log_density(scored, scored_sites(scored), "model")
                 at_drawn = scored

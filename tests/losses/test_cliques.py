@@ -233,3 +233,41 @@ def test_saved_and_loaded(tmp_path):
         loaded = SinkhornProgram.load(tmp_path / "program.pt", chain)
         assert repr(loaded.loss) == repr(program.loss)
         loaded.fit(x, num_steps=1, batch_size=16, progress=False)
+
+
+def test_the_same_clique_twice_is_one():
+    """Else it would share the weight with itself, and only one of them count."""
+    given = [("z_0", "z_1"), ("z_1", "z_0"), ("z_2", "z_3", "z_2"), ("z_2", "z_3")]
+    found = cliques(given, chain, torch.randn(8))
+    assert [share for _, _, share in found] == [0.5, 0.5]
+    assert [name for name, _, _ in found] == ["z_1, z_0", "z_2, z_3"]
+
+
+@pytest.mark.parametrize("grouping", ["markov", "marginal"])
+def test_match_is_zero_below_covariates(grouping):
+    """A covariate reaches ``z_1, z_2`` through ``z_0`` alone: no parameter of theirs shows it, yet slices differ: z was -20."""
+    covariate = 5 * torch.randn(12)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = covariate
+            for t in range(3):
+                z = pyro.sample(f"z_{t}", dist.Normal(z, 0.1))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            z = covariate
+            for t in range(3):
+                z = z + 0.1 * torch.randn(len(x))
+                pyro.sample(f"z_{t}", Implicit(z))
+
+    torch.manual_seed(0)
+    loss = Trace_Sinkhorn(match_size=6, groups=grouping)
+    values = []
+    for _ in range(150):
+        loss.loss(model, guide, torch.randn(12))
+        values.append(list(loss.terms.match.values()))
+    found = torch.tensor(values)
+    z = found.mean(0) / (found.std(0) / math.sqrt(len(found)))
+    assert float(z.abs().max()) < 5

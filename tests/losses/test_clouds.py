@@ -496,7 +496,7 @@ def test_covariates_are_found_in_any_parameter_but_latents_are_not_covariates(ki
         guide_trace = poutine.trace(model).get_trace(torch.zeros(16), use)
         scored = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(torch.zeros(16), use)
         call = Call(model, (torch.zeros(16), use), {}, structure_of(scored), scored)
-        features = varying_parameters(call.constant(call.prior()), call.structure.groups[0])
+        features = varying_parameters(call.constant(call.prior())[0], call.structure.groups[0])
         assert (features is not None) == found
         if found:
             assert features.shape[:2] == (1, 16)

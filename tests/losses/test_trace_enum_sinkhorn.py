@@ -478,7 +478,8 @@ def test_states_of_a_loaded_guide_are_those_it_was_made_with():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         other(x, rate=9.0)
-    assert len(other.state_heads[0]["z"].values) == len(guide.state_heads[0]["z"].values) == 16
+    found = [made.state_heads[0]["site_z"].values for made in (guide, other)]
+    assert [len(values) for values in found] == [16, 16]
 
 
 def test_options_are_checked():
@@ -488,3 +489,157 @@ def test_options_are_checked():
         AutoImplicit(mixture, discrete="gumbel")
     with pytest.raises(ProgramError, match="temperature is 0"):
         AutoImplicit(mixture, temperature=0)
+
+
+@pytest.mark.filterwarnings(SMALL)
+@pytest.mark.parametrize("vectorize", [False, True])
+def test_particles_of_states_alone(vectorize):
+    """Where no continuous latent is beside them, the places of the states have no particles, but their probabilities do."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Categorical(PROBS))
+            pyro.sample("x", dist.Normal(LOCS[k], 1.0), obs=x)
+
+    loss = TraceEnum_Sinkhorn(match_size=8, num_particles=3, vectorize_particles=vectorize)
+    guide = AutoImplicit(model)
+    assert math.isfinite(SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), loss=loss).step(torch.randn(16)))
+
+
+@pytest.mark.filterwarnings(SMALL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "prior",
+    [
+        lambda p: dist.Bernoulli(p.expand(3)).to_event(1),
+        lambda p: dist.OneHotCategorical(p.expand(3)),
+        lambda p: dist.Poisson(p.expand(3)).to_event(1),
+        lambda p: dist.Binomial(2, p.expand(3)).to_event(1),
+    ],
+    ids=["switches", "one-hot", "poisson", "binomial"],
+)
+def test_states_have_the_dtype_of_the_prior(prior, dtype):
+    """Whatever the default: a decoder in another precision would refuse them."""
+    net = torch.nn.Linear(3, 2).to(dtype)
+
+    def model(x):
+        pyro.module("net", net)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", prior(torch.tensor(0.4, dtype=dtype)))
+            pyro.sample("x", dist.Normal(net(z), 1.0).to_event(1), obs=x)
+
+    guide, x = AutoImplicit(model), torch.randn(16, 2, dtype=dtype)
+    loss = TraceEnum_Sinkhorn(match_size=8)
+    assert math.isfinite(SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), loss=loss).step(x))
+    assert guide(x)["z"].dtype == dtype
+
+
+@pytest.mark.filterwarnings(SMALL)
+def test_binomials_of_unlike_totals():
+    """A datum's states end at its own total; the others have probability zero, and no gradient."""
+
+    def model(x, totals):
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Binomial(totals, torch.tensor(0.4)))
+            pyro.sample("x", dist.Normal(k, 1.0), obs=x)
+
+    x, totals = 5 * torch.ones(16), torch.arange(16) % 4 + 1.0
+    guide = AutoImplicit(model)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-1}), loss=TraceEnum_Sinkhorn(match_size=8))
+    for _ in range(5):
+        assert math.isfinite(svi.step(x, totals))
+    for _ in range(20):
+        assert bool((guide(x, totals)["k"] <= totals).all())
+
+
+@pytest.mark.filterwarnings(SMALL)
+def test_states_of_probability_zero_pass_no_gradient():
+    """Where they are impossible under the likelihood, too, the gradient was 0 times infinity."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Categorical(PROBS))
+            pyro.sample("x", dist.Poisson(torch.tensor([0.0, 1.0, 2.0])[k]), obs=x)
+
+    def guide(x):
+        logits = pyro.param("logits", torch.tensor([-1e4, 0.0, 0.0]))
+        with pyro.plate("data", len(x)):
+            pyro.sample("k", dist.Categorical(logits=logits.expand(len(x), 3)))
+
+    loss = TraceEnum_Sinkhorn(match_size=8)
+    assert math.isfinite(loss.loss_and_grads(model, guide, torch.ones(16)))
+    gradient = pyro.param("logits").grad
+    assert bool(gradient.isfinite().all()) and float(gradient[1].abs()) > 0
+
+
+@pytest.mark.filterwarnings(SMALL)
+def test_a_decoder_that_takes_no_further_dimensions():
+    net = torch.nn.Conv2d(1, 2, 3, padding=1)
+
+    def model(x):
+        pyro.module("net", net)
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Categorical(PROBS))
+            image = LOCS[k].reshape(*k.shape, 1, 1, 1).expand(*k.shape, 1, 4, 4)
+            pyro.sample("x", dist.Normal(net(image), 1.0).to_event(3), obs=x)
+
+    message = (
+        r"failed while it ran on all states of 'k' \(3 states\) at once: Expected 3D .* flattened into one"
+    )
+    with pytest.raises(ProgramError, match=message):
+        TraceEnum_Sinkhorn(match_size=8).loss(model, AutoImplicit(model), torch.randn(16, 2, 4, 4))
+
+
+def test_a_guide_whose_states_are_outside_the_plate():
+    def guide(x):
+        k = pyro.sample("k", dist.Categorical(PROBS))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(LOCS[k], 1.0))
+
+    with pytest.raises(ProgramError, match=r"guide site 'k' is in none of the plates \['data'\]"):
+        TraceEnum_Sinkhorn(match_size=8).loss(mixture, guide, torch.randn(16))
+
+
+def test_covariates_that_a_state_switches_on():
+    """One run with equal latents shows them only if its state is the right one: half of the matches were blind to them."""
+    covariate = 5 * torch.randn(12).repeat(2)
+    covariate[12:] *= -1
+
+    def model(x, sign=1):
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Bernoulli(0.5))
+            z = pyro.sample("z", dist.Normal(k * sign * covariate, 0.1))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x, sign=1):
+        """Right over all data; given the covariate with ``sign=1`` only."""
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Bernoulli(0.5))
+            pyro.sample("z", dist.Normal(k * sign * covariate, 0.1))
+
+    torch.manual_seed(0)
+    loss, found = TraceEnum_Sinkhorn(match_size=12), {1: [], -1: []}
+    for sign, values in found.items():
+        for _ in range(100):
+            loss.loss(model, lambda x, sign=sign: guide(x, sign), torch.randn(24))
+            values.append(loss.terms.match["k, z"])
+    assert abs(z_score(found[1])) < 5
+    # Blind calls lie about zero.
+    assert sorted(found[-1])[10] > 0.1
+
+
+@pytest.mark.filterwarnings(SMALL)
+@pytest.mark.parametrize("name", ["type", "values", "cell.type"])
+def test_names_that_modules_may_not_have(name):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            k = pyro.sample(name, dist.Categorical(PROBS))
+            pyro.sample("x", dist.Normal(LOCS[k], 1.0), obs=x)
+
+    guide, other, x = AutoImplicit(model), AutoImplicit(model), torch.randn(16)
+    assert math.isfinite(TraceEnum_Sinkhorn(match_size=8).loss(model, guide, x))
+    other.load_state_dict(guide.state_dict())
+    torch.manual_seed(0)
+    first = guide(x)[name]
+    torch.manual_seed(0)
+    assert torch.equal(first, other(x)[name])
