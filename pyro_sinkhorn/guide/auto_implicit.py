@@ -13,14 +13,13 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
 from pyro_sinkhorn.errors import ProgramError
-from pyro_sinkhorn.geometry.registry import geometry_of
 from pyro_sinkhorn.guide.encoder import DefaultEncoder, NoiseHead, check_device
 from pyro_sinkhorn.guide.global_guide import GLOBAL_GUIDES
 from pyro_sinkhorn.guide.layout import features_of, plate_shape, rows_of
 from pyro_sinkhorn.guide.make import make_group
 from pyro_sinkhorn.guide.observed import Observed, Readings, find_observed, read_observed
 from pyro_sinkhorn.guide.produce import Produced, Recipe, entered
-from pyro_sinkhorn.guide.start import moments, stands_alone
+from pyro_sinkhorn.guide.start import has_start, stands_alone
 from pyro_sinkhorn.guide.states import DISCRETE, key_of, mass_beyond
 from pyro_sinkhorn.runs import check_appeared, preserved_buffers, run_model, subsamples
 from pyro_sinkhorn.structure import Group, Plate, Structure, plates_of, structure_of
@@ -259,8 +258,7 @@ class AutoImplicit(PyroModule):
         self._relative = frozenset(
             name
             for name in structure.locals
-            if stands_alone(draws[0], again, name)
-            and moments(again.nodes[name]["fn"], geometry_of(again.nodes[name]["fn"], name)) is not None
+            if stands_alone(draws[0], again, name) and has_start(again.nodes[name]["fn"], name)
         )
         inputs = read_observed(self._observed, args, kwargs, indices, lambda: whole)
         coarse: list[tuple[tuple[Plate, ...], Tensor]] = []

@@ -51,7 +51,7 @@ class Recipe:
     state_heads:  code and states to the probabilities of its discrete sites, by name
     noise_dim:    noise variables of a slice
     noise_name:   of their sample site
-    relative:     sites produced relative to their prior's moments
+    relative:     sites produced relative to their prior's moments, or probabilities
     temperature:  of relaxed discrete sites
     below_globals: whether the program has globals, whose guide needs the gradient of the prior's scale
     """
@@ -72,7 +72,7 @@ class Recipe:
         with entered(contexts, [plate.name for plate in plates]):
             for name, head in self.state_heads.items():
                 fn = prior.nodes[name]["fn"]
-                states = head(joined(code, *done.known(plates)), fn.support)
+                states = head(joined(code, *done.known(plates)), fn, follow=name in self.relative)
                 # Without an enumerating handler around, the mark does nothing and a state is drawn.
                 value = pyro.sample(name, states, infer={"enumerate": "parallel"})
                 done.values[name] = value
@@ -103,7 +103,7 @@ class Recipe:
             n_raw = num_outputs(geometry) * math.prod(plate.size for plate in extra)
             part = place_extra_plates(raw[..., column : column + n_raw], extra)
             column += n_raw
-            if name in self.relative:
+            if name in self.relative and not isinstance(geometry, Discrete):
                 part = _relative_to_prior(name, part, fn, geometry, not self.below_globals)
             part = part.to(_dtype(prior.nodes[name]["value"]))
             with entered(contexts, [plate.name for plate in extra]):

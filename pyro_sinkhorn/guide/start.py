@@ -23,6 +23,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_sinkhorn.geometry.base import Geometry
+from pyro_sinkhorn.geometry.discrete import Discrete
 from pyro_sinkhorn.geometry.elementwise import Real
 from pyro_sinkhorn.geometry.registry import geometry_of
 from pyro_sinkhorn.structure import parameters_of
@@ -40,6 +41,12 @@ def moments(fn: Any, geometry: Geometry, detach_scale: bool = False) -> tuple[Te
     if not bool(usable.all()):
         return None
     return geometry.flatten(loc), geometry.flatten(scale.detach() if detach_scale else scale)
+
+
+def has_start(fn: Any, name: str) -> bool:
+    """Whether a guide's values can be made relative to a prior: to its moments, or to the probabilities of its states."""
+    geometry = geometry_of(fn, name)
+    return isinstance(geometry, Discrete) or moments(fn, geometry) is not None
 
 
 def stands_alone(first: Trace, second: Trace, name: str) -> bool:

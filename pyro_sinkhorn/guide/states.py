@@ -18,6 +18,10 @@ from pyro_sinkhorn.geometry.registry import geometry_of
 DISCRETE = ("enumerate", "straight_through")
 
 
+#: A state that is impossible in this batch may be possible in the next: its log probability to start from.
+_IMPOSSIBLE = -10.0
+
+
 def key_of(name: str) -> str:
     """Key of a site among modules, which may be called neither ``a.b`` nor like a method of the dictionary (``type``)."""
     return "site_" + name.replace(".", "/")
@@ -26,7 +30,8 @@ def key_of(name: str) -> str:
 class StateHead(nn.Module):
     r"""Code to a distribution over the states of one site, :math:`\mathrm{softmax}(\log p + h_\phi(x))`.
 
-    It starts near the prior's own probabilities.
+    It starts near the prior's own probabilities: those of the current call, datum by datum, for a site whose prior
+    depends on no other local latent (so that it follows covariates), else those of the first call, averaged.
 
     :param values: the states, ``(S, *event_shape)``
     :param log_prior: log probabilities to start from, ``(S,)``
@@ -51,9 +56,16 @@ class StateHead(nn.Module):
         self.register_buffer("values", values)
         self.register_buffer("log_prior", log_prior)
 
-    def forward(self, code: Tensor, support: Any) -> Finite:
-        """``(..., width)`` to a distribution of batch shape ``(...)``; what a support that varies leaves out is impossible."""
-        logits = self.log_prior + self.mixed(code)
+    def forward(self, code: Tensor, fn: Any, follow: bool = False) -> Finite:
+        """``(..., width)`` to a distribution of batch shape ``(...)``; what a support that varies leaves out is impossible.
+
+        :param fn: the prior of this call
+        :param follow: whether to start from its probabilities
+        """
+        found = _log_prob(fn, self.values) if follow else None
+        log_prior = self.log_prior if found is None else found.movedim(0, -1).clamp_min(_IMPOSSIBLE)
+        raw, support = self.mixed(code), fn.support
+        logits = log_prior.to(raw) + raw
         possible = support.check(laid_out(self.values, logits.dim() - 1))
         if not bool(possible.all()):
             logits = torch.where(possible.movedim(0, -1), logits, -torch.inf)
@@ -65,9 +77,19 @@ def laid_out(values: Tensor, batch_dim: int) -> Tensor:
     return values.reshape(len(values), *(1,) * batch_dim, *values.shape[1:])
 
 
-@torch.no_grad()
 def log_prior_of(fn: Any, values: Tensor) -> Tensor:
     """Log probabilities of the states, averaged over the batch of a prior; equal ones where it has no density."""
+    log_prob = _log_prob(fn, values)
+    if log_prob is None:
+        return torch.zeros(len(values), device=values.device)
+    log_prob = log_prob.reshape(len(values), -1)
+    mean = log_prob.logsumexp(-1) - torch.tensor(float(log_prob.shape[-1])).log()
+    return mean.clamp_min(_IMPOSSIBLE)
+
+
+@torch.no_grad()
+def _log_prob(fn: Any, values: Tensor) -> Tensor | None:
+    """Log probabilities of the states under a prior, ``(S, *batch)``, detached; None where it has no density."""
     states = laid_out(values, len(fn.batch_shape))
     inside = fn.support.check(states)
     try:
@@ -75,11 +97,8 @@ def log_prior_of(fn: Any, values: Tensor) -> Tensor:
         chosen = inside.reshape(*inside.shape, *[1] * len(fn.event_shape))
         log_prob = fn.log_prob(torch.where(chosen, states, states[:1]))
     except NotImplementedError:
-        return torch.zeros(len(values), device=values.device)
-    log_prob = log_prob.masked_fill(~inside, -torch.inf).reshape(len(values), -1)
-    mean = log_prob.logsumexp(-1) - torch.tensor(float(log_prob.shape[-1])).log()
-    # A state that is impossible in this batch may be possible in the next.
-    return mean.clamp_min(-10.0)
+        return None
+    return log_prob.masked_fill(~inside, -torch.inf)
 
 
 def relaxed(name: str, geometry: Discrete, logits: Tensor, temperature: float) -> Any:

@@ -145,10 +145,22 @@ def _sources(site: Site) -> frozenset[str]:
 
 
 def _families(structure: Structure, parents: Mapping[str, frozenset[str]]) -> list[tuple[str, ...]]:
-    """Every latent with its parents, without those that lie in others."""
+    """Every latent with its parents, without those that lie in others of the same plates.
+
+    A document's latent alone stays beside that of a document and its words: the one counts documents, the other words.
+    """
     order = structure.locals
+    depth = {name: len(group.plates) for group in structure.groups for name in group.sites}
+
+    def finest(family: frozenset[str]) -> int:
+        return max(depth[name] for name in family)
+
     families = [frozenset({name} | parents.get(name, frozenset())) for name in order]
-    kept = [f for f in dict.fromkeys(families) if not any(f < other for other in families)]
+    kept = [
+        f
+        for f in dict.fromkeys(families)
+        if not any(f < other and finest(f) == finest(other) for other in families)
+    ]
     return [tuple(name for name in order if name in family) for family in kept]
 
 

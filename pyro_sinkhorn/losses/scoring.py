@@ -54,7 +54,7 @@ def check_guide(guide: Trace, structure: Structure, enumerated: Collection[str] 
         fn = produced[name]["fn"]
         if name in enumerated:
             continue
-        if _is_discrete(fn):
+        if _is_discrete(fn) or not produced[name]["value"].is_floating_point():
             raise ProgramError(
                 f"guide site {name!r} is a {_kind(fn)}, a discrete latent, whose values pass no gradient: use "
                 "TraceEnum_Sinkhorn, which enumerates states (those of vectors through distributions.Finite), or "

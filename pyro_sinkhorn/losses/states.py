@@ -21,8 +21,12 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_sinkhorn.errors import ProgramError
+from pyro_sinkhorn.errors import NonFiniteError, ProgramError
 from pyro_sinkhorn.structure import Site, Structure, is_latent, plates_of, refuse_inner_plates, sample_sites
+
+
+class ImpossibleStateError(NonFiniteError):
+    """The likelihood rules out a state that the guide allows: its own cause, where other infinities have one upstream."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,7 @@ class Enumeration:
         """Sum over the plates of a site's log density, averaged over the states of the guide.
 
         :raises ProgramError: the site depends on states of a plate that it is not in itself
+        :raises ImpossibleStateError: it is impossible in a state that the guide allows
         """
         log_prob = site["log_prob"]
         _, sites = self.joint([(log_prob, 0)])
@@ -159,6 +164,13 @@ class Enumeration:
                     "enumerated"
                 )
         weights = self.probabilities(sites)
+        impossible = (weights > 0) & (log_prob == -torch.inf)
+        if bool(impossible.any()):
+            raise ImpossibleStateError(
+                f"site {name!r}: the data are impossible in {int(impossible.sum())} of the {impossible.numel()} states of "
+                f"{[site.name for site in sites]} that the guide gives a probability to, and a network never gives none: "
+                "let the likelihood allow for a little noise in every state"
+            )
         # States of probability zero may be impossible: 0 times minus infinity, in the gradient too.
         return (weights * torch.where(weights > 0, log_prob, torch.zeros_like(log_prob))).sum()
 

@@ -27,7 +27,7 @@ from pyro_sinkhorn.losses.scoring import (
     scored_sites,
 )
 from pyro_sinkhorn.losses.site_cost import GivenCost
-from pyro_sinkhorn.losses.states import Enumeration
+from pyro_sinkhorn.losses.states import Enumeration, ImpossibleStateError
 from pyro_sinkhorn.ot.checks import Gradient, Value
 from pyro_sinkhorn.ot.divergence import Debias
 from pyro_sinkhorn.structure import Structure, structure_of
@@ -172,6 +172,8 @@ class Trace_Sinkhorn(SinkhornLoss):
                 log_ratio = log_ratio / n_particles
             call = Call(model, args, kwargs, structure, at_drawn, enumeration)
             matches = self.latent_match(call) if self.prior_weight else []
+        except ImpossibleStateError:
+            raise
         except (NonFiniteError, ProgramError) as error:
             # A NaN upstream shows first as somebody else's complaint: report the cause, not the symptom.
             raise (blame(scored, guide, structure) or error) from error

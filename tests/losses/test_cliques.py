@@ -90,7 +90,7 @@ def test_families_across_plates():
             pyro.sample("x", dist.Normal(b + c, 1.0), obs=x)
 
     found = cliques("markov", model, torch.randn(8, 3))
-    assert found == [("b", (), 1.0), ("a, c", ("a",), 1.0)]
+    assert found == [("a", (), 0.5), ("b", (), 0.5), ("a, c", ("a",), 1.0)]
     assert cliques([("a", "b"), ("b", "a", "c")], model, torch.randn(8, 3)) == [
         ("a, b", (), 1.0),
         ("b, a, c", ("b", "a"), 1.0),
