@@ -50,7 +50,6 @@ class _Comparison:
     mean: Tensor
     paired: bool
     cost: Cost
-    n_data: float
 
     def like(self, other: _Comparison) -> bool:
         """Whether both can be compared in one go, as further problems of a batch."""
@@ -207,7 +206,6 @@ class LatentMatch:
             self.state.mean_costs[clique.name].to(x.points),
             unlike or x.paired or is_ragged(call.scored, own, weights, clique.group),
             found.cost(priors[0], clique, own),
-            float(weights.sum()),
         )
 
     def _states(self, call: Call, clique: Clique, own: dict[str, SiteCost | None]) -> CloudStates | None:
