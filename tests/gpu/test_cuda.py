@@ -1,11 +1,15 @@
 """The same answers on a GPU; collected everywhere, skipped where there is none."""
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
+from pyro.infer import SVI
 
-from pyro_sinkhorn import AutoImplicit, SinkhornProgram, Trace_Sinkhorn
+from pyro_sinkhorn import AutoImplicit, SinkhornProgram, Trace_Sinkhorn, TraceEnum_Sinkhorn
 from pyro_sinkhorn.distributions import HypersphericalUniform, VonMisesFisher
 from pyro_sinkhorn.errors import ProgramError
 from pyro_sinkhorn.models import dirichlet_archetypes
@@ -50,6 +54,25 @@ def test_a_program_moves_fits_and_comes_back(tmp_path):
     program.save(tmp_path / "program.pt")
     back = SinkhornProgram.load(tmp_path / "program.pt", program.model)
     assert not back.generate(2, x[:1])["z"].is_cuda
+
+
+@pytest.mark.parametrize("groups", ["joint", "markov"])
+def test_discrete_latents_masks_and_cliques(groups):
+    def model(x, present):
+        probs = x.new_tensor([0.5, 0.3, 0.2])
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Categorical(probs))
+            s = pyro.sample("s", dist.Bernoulli(x.new_full((2,), 0.5)).to_event(1))
+            c = pyro.sample("c", dist.Poisson(x.new_tensor(2.0)))
+            with poutine.mask(mask=present):
+                z = pyro.sample("z", dist.Normal(k.to(x), 1.0))
+                pyro.sample("x", dist.Normal(z + s.sum(-1) + c, 1.0), obs=x)
+
+    x, present = torch.randn(32, device="cuda"), torch.arange(32, device="cuda") < 24
+    loss = TraceEnum_Sinkhorn(match_size=8, groups=groups)
+    svi = SVI(model, AutoImplicit(model), pyro.optim.Adam({"lr": 1e-3}), loss=loss)
+    assert math.isfinite(svi.step(x, present))
+    assert all(value.is_cuda for value in svi.guide(x, present).values())
 
 
 def test_mixed_devices_are_named():
