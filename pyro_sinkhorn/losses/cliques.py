@@ -12,8 +12,9 @@ r"""Which latents are compared together.
 Two clouds of 64 points in 50 dimensions are far apart even if their laws are equal. A prior that factorises along a
 graph, :math:`p(z) = \prod_i p(z_i \mid z_{\mathrm{pa}(i)})`, is determined by the laws of its *families*
 :math:`(z_i, z_{\mathrm{pa}(i)})`, each of few dimensions. What they leave open is whether the guide's cloud has
-dependences beyond the graph. They see one step at a time: on paths of an oscillator a joint
-match in 100 dimensions learned the dynamics better (benchmarks/state_space_cliques.py). Each clique gets an equal share of the weight, so that ``prior_weight`` keeps its meaning.
+dependences beyond the graph. They see one step at a time: on paths of an oscillator a joint match in 100 dimensions
+learned the dynamics better (benchmarks/state_space_cliques.py). The cliques of a plate stack share the weight equally, so
+that ``prior_weight`` keeps its meaning.
 
 Covariates are compared along where they enter the prior of a latent of the clique itself. Below such a latent, in another
 clique, slices are only kept apart in the split: laws are compared over all slices there.
