@@ -28,7 +28,7 @@ class Finite(TorchDistribution):
     distribution. There is no ``rsample``. ``log_prob`` of something that is none of the values is minus infinity.
 
     Raises:
-        ValueError: no values; two alike; or another number of logits than of values.
+        ValueError: no values; two alike; or another number of logits than of values; by ``sample``, NaN logits.
 
     >>> switches = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 2)
     >>> d = Finite(switches, torch.zeros(5, 4))
@@ -81,6 +81,12 @@ class Finite(TorchDistribution):
         return new
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
+        if bool(self.logits.isnan().any()):
+            # In the words of torch's own check, which validate_args=False leaves out.
+            raise ValueError(
+                f"Expected parameter logits (Tensor of shape {tuple(self.logits.shape)}) of distribution Finite to satisfy the "
+                "constraint Real(), but found invalid values: nan"
+            )
         with torch.no_grad():
             index = torch.distributions.Categorical(logits=self.logits, validate_args=False).sample(
                 torch.Size(sample_shape)

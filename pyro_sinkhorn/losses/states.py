@@ -91,12 +91,20 @@ class Enumeration:
         return max([self.nesting, *(-site.dim for site in self.sites)])
 
     def draw(self) -> None:
-        """Draw a state of every site, given those drawn of the sites before it."""
+        """Draw a state of every site, given those drawn of the sites before it.
+
+        :raises NonFiniteError: their probabilities are NaN
+        """
         with torch.no_grad():
             for site in self.sites:
                 log_prob = self.pick(site.log_prob.detach(), 0, keep=site)
                 # All other enumeration dimensions now have size one.
                 logits = log_prob.movedim(len(log_prob.shape) + site.dim, -1)
+                if bool(logits.isnan().any()):
+                    raise NonFiniteError(
+                        f"guide site {site.name!r}: the probabilities of its {site.size} states are NaN (shape "
+                        f"{tuple(site.log_prob.shape)}); look for a diverged encoder (lower the learning rate, clip gradients)"
+                    )
                 index = torch.distributions.Categorical(logits=logits, validate_args=False).sample()
                 self.drawn[site.name] = index.reshape(index.shape[max(index.dim() - self.nesting, 0) :])
 

@@ -150,7 +150,10 @@ class Trace_Sinkhorn(SinkhornLoss):
 
     def _one(self, model: Any, scored: Trace, guide: Trace, args: Any, kwargs: Any) -> tuple[Tensor, Terms]:
         structure = structure_of(scored)
-        enumeration = self._enumeration(guide, scored, structure)
+        try:
+            enumeration = self._enumeration(guide, scored, structure)
+        except NonFiniteError as error:
+            raise (blame(scored, guide, structure) or error) from error
         enumerated = {} if enumeration is None else {site.name: site.log_prob for site in enumeration.sites}
         check_guide(guide, structure, enumerated)
         n_particles = self.num_particles if self.vectorize_particles else 1

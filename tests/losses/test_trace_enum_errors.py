@@ -195,3 +195,28 @@ def test_data_that_a_state_rules_out():
     )
     with pytest.raises(NonFiniteError, match=message):
         TraceEnum_Sinkhorn(match_size=4).loss(model, AutoImplicit(model), torch.full((16,), 2.5))
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_nan_in_the_data(fresh):
+    """Before the loss knows the plates, and after."""
+    x = torch.randn(16)
+    guide, loss = AutoImplicit(mixture), TraceEnum_Sinkhorn(match_size=4)
+    guide(x)
+    if not fresh:
+        loss.loss(mixture, guide, x)
+    x = torch.where(torch.arange(16) == 3, torch.nan, x)
+    with pytest.raises(NonFiniteError, match=r"(argument 0|observed site 'x').* 1 rows \(first: 3"):
+        loss.loss(mixture, guide, x)
+
+
+def test_a_diverged_encoder():
+    guide, loss = AutoImplicit(mixture), TraceEnum_Sinkhorn(match_size=4, max_plate_nesting=1)
+    guide(torch.randn(16))
+    with torch.no_grad():
+        for parameter in guide.parameters():
+            parameter.fill_(torch.nan)
+    with pytest.raises(
+        NonFiniteError, match="guide site 'k': the probabilities of its 3 states are NaN.*encoder"
+    ):
+        loss.loss(mixture, guide, torch.randn(16))
