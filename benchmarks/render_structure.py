@@ -8,7 +8,6 @@ from typing import Any
 
 from _tables import load, origin, table
 
-
 #: What settings are chosen by, with digits.
 _TUNED = (("perplexity", 0), ("npmi_train", 3))
 
