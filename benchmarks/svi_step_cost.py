@@ -171,7 +171,7 @@ def profile(row: Row, data: Tensor, rounds: int) -> dict[str, Any]:
         (losses.trace_sinkhorn, "check_supports"): "checks",
         (losses.trace_sinkhorn, "log_density"): "likelihood",
         (losses.call, "prior_trace"): "prior run",
-        (losses.call, "constant_trace"): "prior run",
+        (losses.call, "constant_traces"): "prior run",
         (losses.latent_match, "varying_parameters"): "clouds",
         (losses.coordinates, "embedded"): "clouds",
         (losses.coordinates, "varying_parameters"): "clouds",
