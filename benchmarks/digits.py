@@ -25,8 +25,8 @@ import pyro
 import pyro.distributions as dist
 import torch
 from _report import write
+from _scale_site import ScaleSite
 from pyro.infer import TraceMeanField_ELBO
-from pyro.poutine.messenger import Messenger
 from scipy.stats import t as student
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
@@ -124,18 +124,6 @@ def energy_distance(x: Tensor, y: Tensor) -> float:
 def flat(draws: dict[str, Tensor]) -> Tensor:
     """All latents side by side, ``(n, columns)``."""
     return torch.cat([v.reshape(-1, v.shape[-1]) for name, v in draws.items() if name != "x"], -1)
-
-
-class ScaleSite(Messenger):
-    """Scale one latent site, as beta-VAE scales its KL term."""
-
-    def __init__(self, name: str, factor: float) -> None:
-        super().__init__()
-        self.name, self.factor = name, factor
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] == self.name:
-            msg["scale"] = msg["scale"] * self.factor
 
 
 def make_program(prior: str, method: str, weight: float) -> SinkhornProgram:

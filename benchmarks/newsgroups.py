@@ -38,8 +38,8 @@ import numpy as np
 import pyro
 import torch
 from _report import RESULTS, write
+from _scale_site import ScaleSite
 from pyro.infer import SVI, TraceMeanField_ELBO
-from pyro.poutine.messenger import Messenger
 from scipy import sparse
 from scipy.stats import t as student
 from torch import Tensor
@@ -51,7 +51,7 @@ from pyro_sinkhorn.ot import ConvergenceWarning
 
 NUM_TOPICS, WIDTH = 20, 128
 BATCH, LEARNING_RATE, MATCH_SIZE, DRAWS, TOP = 256, 1e-2, 128, 10, 10
-#: One seed was too few: a setting of the ELBO differed by 80 in perplexity between two of them.
+#: One seed is too few to choose a setting by.
 TUNING_SEEDS = (100, 101, 102)
 SINKHORN, ELBO, TUTORIAL = (
     "Dirichlet, Trace_Sinkhorn",
@@ -67,18 +67,6 @@ GRIDS: dict[str, list[Setting]] = {
     ],
     ELBO: [{"concentration": alpha, "weight": weight} for alpha in (None, 0.4, 0.2) for weight in (0.5, 1.0)],
 }
-
-
-class Tempered(Messenger):
-    """A factor on the log densities of one site."""
-
-    def __init__(self, site: str, factor: float) -> None:
-        super().__init__()
-        self.site, self.factor = site, factor
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] == self.site:
-            msg["scale"] = msg["scale"] * self.factor
 
 
 class Head(NoiseHead):
@@ -135,7 +123,7 @@ def fit(method: str, setting: Setting, seed: int, counts: Tensor, steps: int) ->
     else:
         head = None if plain else Head()
         network = SoftmaxNormalGuide(encoder, NUM_TOPICS, WIDTH, head)
-        tempered = Tempered("h", setting["weight"])
+        tempered = ScaleSite("h", setting["weight"])
         model = tempered(prod_lda_normal(NUM_TOPICS, size, setting["concentration"], decoder))
         guide = tempered(network)
         loss = TraceMeanField_ELBO()

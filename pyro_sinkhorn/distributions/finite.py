@@ -106,5 +106,10 @@ class Finite(TorchDistribution):
         return picked.masked_fill(~same.any(-1), -torch.inf)
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
-        values = self.values.reshape(-1, *(1,) * len(self.batch_shape), *self.event_shape)
+        values = laid_out(self.values, len(self.batch_shape))
         return values.expand(-1, *self.batch_shape, *self.event_shape) if expand else values
+
+
+def laid_out(values: Tensor, batch_dim: int) -> Tensor:
+    """States ``(S, *event_shape)`` with room for a batch: ``(S, 1, ..., 1, *event_shape)``."""
+    return values.reshape(len(values), *(1,) * batch_dim, *values.shape[1:])

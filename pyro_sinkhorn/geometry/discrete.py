@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_sinkhorn.distributions.finite import laid_out
 from pyro_sinkhorn.errors import ProgramError
 from pyro_sinkhorn.geometry.base import Geometry
 
@@ -127,8 +128,8 @@ def lost_mass(fn: Any, values: Tensor) -> float:
     >>> round(lost_mass(dist.Poisson(2.0), torch.arange(6.0)), 4)
     0.0166
     """
-    states = values.reshape(len(values), *(1,) * len(fn.batch_shape), *values.shape[1:])
-    return max(0.0, 1 - float(fn.log_prob(states.to(values)).logsumexp(0).exp().min()))
+    states = laid_out(values, len(fn.batch_shape))
+    return max(0.0, 1 - float(fn.log_prob(states).logsumexp(0).exp().min()))
 
 
 @torch.no_grad()

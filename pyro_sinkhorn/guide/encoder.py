@@ -66,6 +66,13 @@ class DefaultEncoder(nn.Module):
         return self.layers(self.standardise(x))
 
 
+def perceptron(width: int, hidden: int, num_out: int) -> nn.Sequential:
+    """Two hidden layers: ``(..., width)`` to ``(..., num_out)``."""
+    return nn.Sequential(
+        nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, num_out)
+    )
+
+
 class NoiseHead(nn.Module):
     r"""Code and noise to the raw outputs of all latents of a group, jointly.
 
@@ -79,13 +86,7 @@ class NoiseHead(nn.Module):
 
     def __init__(self, width: int, noise_dim: int, num_raw: int, hidden: int = 128) -> None:
         super().__init__()
-        self.mixed = nn.Sequential(
-            nn.Linear(width + noise_dim, hidden),
-            nn.SiLU(),
-            nn.Linear(hidden, hidden),
-            nn.SiLU(),
-            nn.Linear(hidden, num_raw),
-        )
+        self.mixed = perceptron(width + noise_dim, hidden, num_raw)
         self.direct = nn.Linear(width + noise_dim, num_raw)
         self.register_buffer("loc", torch.zeros(num_raw))
         self.register_buffer("scale", torch.ones(num_raw))

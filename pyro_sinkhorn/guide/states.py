@@ -9,10 +9,11 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_sinkhorn.distributions.finite import Finite
+from pyro_sinkhorn.distributions.finite import Finite, laid_out
 from pyro_sinkhorn.errors import ProgramError
 from pyro_sinkhorn.geometry.discrete import LOST_MASS, Boolean, Counts, Discrete, OneHot, lost_mass
 from pyro_sinkhorn.geometry.registry import geometry_of
+from pyro_sinkhorn.guide.encoder import perceptron
 
 #: What AutoImplicit may do about discrete latents.
 DISCRETE = ("enumerate", "straight_through")
@@ -45,14 +46,7 @@ class StateHead(nn.Module):
         self, width: int, values: Tensor, log_prior: Tensor, hidden: int, factory: dict[str, Any]
     ) -> None:
         super().__init__()
-        self.mixed = nn.Sequential(
-            nn.Linear(width, hidden),
-            nn.SiLU(),
-            nn.Linear(hidden, hidden),
-            nn.SiLU(),
-            nn.Linear(hidden, len(values)),
-        )
-        self.mixed.to(**factory)
+        self.mixed = perceptron(width, hidden, len(values)).to(**factory)
         self.register_buffer("values", values)
         self.register_buffer("log_prior", log_prior)
 
@@ -70,11 +64,6 @@ class StateHead(nn.Module):
         if not bool(possible.all()):
             logits = torch.where(possible.movedim(0, -1), logits, -torch.inf)
         return Finite(self.values, logits, support, validate_args=False)
-
-
-def laid_out(values: Tensor, batch_dim: int) -> Tensor:
-    """States ``(S, *event_shape)`` with room for a batch: ``(S, 1, ..., 1, *event_shape)``."""
-    return values.reshape(len(values), *(1,) * batch_dim, *values.shape[1:])
 
 
 def log_prior_of(fn: Any, values: Tensor) -> Tensor:

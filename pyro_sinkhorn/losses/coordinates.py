@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -155,7 +155,7 @@ class Draws:
 
     def again(self) -> Callable[[], Trace]:
         """The same runs from the first, and fresh ones after the last."""
-        position = iter(range(sys.maxsize))
+        position = itertools.count()
 
         def following() -> Trace:
             i = next(position)

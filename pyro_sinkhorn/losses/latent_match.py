@@ -211,7 +211,7 @@ class LatentMatch:
     def _states(self, call: Call, clique: Clique, own: dict[str, SiteCost | None]) -> CloudStates | None:
         """The clique at all states that its latents depend on; None where there is no choice."""
         enumeration = call.enumeration
-        assert enumeration is not None and enumeration.trace is not None
+        assert enumeration is not None
         nodes = [enumeration.trace.nodes[name] for name in clique.sites]
         states, sites = enumeration.joint((node["value"], node["fn"].event_dim) for node in nodes)
         if not sites:

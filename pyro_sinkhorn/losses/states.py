@@ -76,13 +76,13 @@ class Enumeration:
 
     sites:    in the order of the guide
     nesting:  batch dimensions that are plates, the particles' included
-    trace:    the model's run at all states; set once there is one
+    trace:    the model's run at all states
     drawn:    index of the drawn state of every site, laid out like its plates
     """
 
     sites: tuple[EnumeratedSite, ...]
     nesting: int
-    trace: Trace | None = None
+    trace: Trace
     drawn: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -188,9 +188,10 @@ class Enumeration:
         return {site.dim for site in self.sites if len(shape) >= -site.dim and shape[site.dim] > 1}
 
 
-def read_enumeration(guide: Trace, nesting: int) -> Enumeration:
+def read_enumeration(guide: Trace, model: Trace, nesting: int) -> Enumeration:
     """The states that a guide enumerated in parallel.
 
+    :param model: its run at all of them
     :param nesting: dimensions that belong to plates
     :raises ProgramError: two sites share a dimension, or states were sampled instead of enumerated
     """
@@ -217,7 +218,7 @@ def read_enumeration(guide: Trace, nesting: int) -> Enumeration:
         log_prob = fn.log_prob(site["value"])
         plates = frozenset(plate.name for plate in plates_of(site))
         found.append(EnumeratedSite(name, dim, log_prob.shape[dim], log_prob, plates))
-    return Enumeration(tuple(found), nesting)
+    return Enumeration(tuple(found), nesting, model)
 
 
 def check_enumeration(enumeration: Enumeration, structure: Structure) -> None:

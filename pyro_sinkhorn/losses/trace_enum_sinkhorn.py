@@ -99,12 +99,11 @@ class TraceEnum_Sinkhorn(Trace_Sinkhorn):
             yield traces
 
     def _enumeration(self, guide: Trace, scored: Trace, structure: Structure) -> Enumeration | None:
-        enumeration = read_enumeration(guide, int(self.max_plate_nesting))
+        enumeration = read_enumeration(guide, scored, int(self.max_plate_nesting))
         if not enumeration.sites:
             return None
         check_enumeration(enumeration, structure)
         enumeration.draw()
-        enumeration.trace = scored
         return enumeration
 
 

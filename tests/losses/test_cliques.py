@@ -199,7 +199,7 @@ def test_markov_sees_the_dependence_that_marginal_does_not():
 
 
 def test_a_guide_that_is_never_told_of_a_dependence_beyond_the_graph():
-    """What cliques leave open, as documented: z_0 and z_2 agree here given z_1, and no family holds both."""
+    """What cliques leave open, as documented: the guide makes the two agree, and no family holds both."""
 
     def model(x):
         with pyro.plate("data", len(x)):
