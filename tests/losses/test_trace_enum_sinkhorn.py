@@ -48,6 +48,27 @@ def test_likelihood_is_averaged_over_all_states():
     assert found == pytest.approx(-float((logits.softmax(-1) * log_prob).sum()))
 
 
+def test_states_that_others_depend_on_are_averaged_over():
+    """The data depend on the second state alone, whose probabilities in the guide depend on the first."""
+    first, second = torch.randn(6, 3).softmax(-1), torch.randn(3, 2).softmax(-1)
+    x = torch.randn(6)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("j", dist.Categorical(PROBS))
+            k = pyro.sample("k", dist.Categorical(torch.tensor([0.4, 0.6])))
+            pyro.sample("x", dist.Normal(LOCS[k], 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            j = pyro.sample("j", dist.Categorical(first))
+            pyro.sample("k", dist.Categorical(second[j]))
+
+    log_prob = dist.Normal(LOCS[:2], 1.0).log_prob(x.unsqueeze(-1))
+    expected = -float((first @ second * log_prob).sum())
+    assert TraceEnum_Sinkhorn(prior_weight=0.0).loss(model, guide, x) == pytest.approx(expected)
+
+
 @pytest.mark.filterwarnings(SMALL)
 @pytest.mark.parametrize("debias", ["independent", None])
 @pytest.mark.parametrize("seed", [3, 4])
