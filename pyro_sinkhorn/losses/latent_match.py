@@ -140,7 +140,7 @@ class LatentMatch:
         cliques = self.cliques(call)
         # Asked at every call: a batch may have equal covariates by chance, a prior network may start at zero. The run
         # is spared where parameters agree even below different latents.
-        if any(varying_parameters(priors[0], clique.group) is not None for clique in cliques):
+        if any(varying_parameters(priors[0], group) is not None for group in call.structure.groups):
             constant = call.constant(priors[0])
         varying = [
             group
