@@ -2,16 +2,18 @@
 
 from pyro_sinkhorn.distributions import Implicit
 from pyro_sinkhorn.geometry import register_geometry
-from pyro_sinkhorn.guide import AutoImplicit
-from pyro_sinkhorn.losses import Trace_DataSinkhorn, Trace_Sinkhorn, TraceEnum_Sinkhorn
+from pyro_sinkhorn.guide import AutoImplicit, AutoPosterior
+from pyro_sinkhorn.losses import Trace_DataSinkhorn, Trace_EnergyScore, Trace_Sinkhorn, TraceEnum_Sinkhorn
 from pyro_sinkhorn.program import SinkhornProgram, sinkhorn_infer
 
 __all__ = [
     "AutoImplicit",
+    "AutoPosterior",
     "Implicit",
     "SinkhornProgram",
     "TraceEnum_Sinkhorn",
     "Trace_DataSinkhorn",
+    "Trace_EnergyScore",
     "Trace_Sinkhorn",
     "register_geometry",
     "sinkhorn_infer",

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import transform_to
@@ -23,7 +23,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_sinkhorn.errors import ProgramError
 from pyro_sinkhorn.explain import explained
-from pyro_sinkhorn.structure import innermost, is_latent, parameters_of, sample_sites
+from pyro_sinkhorn.structure import innermost, is_data, is_latent, parameters_of, sample_sites
 
 #: Runs of a model whose prior draws numbers that are none.
 _ATTEMPTS = 3
@@ -62,6 +62,16 @@ class _Substitute(Messenger):
             shape = to_support.inverse_shape(msg["fn"].batch_shape + msg["fn"].event_shape)
             msg["value"] = to_support(torch.zeros(shape))
             msg["done"] = True
+
+
+class Resample(Messenger):
+    """Draw observed data sites, keeping what was observed; factors and ``pyro.deterministic`` stay as they are."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] or isinstance(msg["fn"], _Subsample) or not is_data(msg):
+            return
+        msg["infer"] = {**msg["infer"], "was_observed": True, "obs": msg["value"]}
+        msg["is_observed"], msg["value"], msg["done"] = False, None, False
 
 
 @contextmanager
@@ -196,5 +206,5 @@ def subsamples(trace: Trace) -> dict[str, Tensor]:
     return {
         name: site["value"]
         for name, site in trace.nodes.items()
-        if site["type"] == "sample" and isinstance(site["fn"], pyro.poutine.subsample_messenger._Subsample)
+        if site["type"] == "sample" and isinstance(site["fn"], _Subsample)
     }

@@ -128,6 +128,12 @@ def plates_of(site: Site) -> tuple[Plate, ...]:
     )
 
 
+def nesting_of(trace: Trace) -> int:
+    """How many dimensions the plates of a trace take."""
+    dims = [f.dim for _, site in sample_sites(trace) for f in site["cond_indep_stack"] if f.vectorized]
+    return -min(dims, default=0)
+
+
 def present_of(site: Site) -> Tensor | None:
     """Where a site counts, by the masks of handlers and of ``fn.mask``: booleans that broadcast with its batch; None is all."""
     present: Tensor | None = None

@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 
 import pyro
 import torch
-from pyro.nn import PyroModule, PyroModuleList
+from pyro.nn import PyroModuleList
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
@@ -16,18 +16,19 @@ from pyro_sinkhorn.errors import ProgramError
 from pyro_sinkhorn.guide.encoder import DefaultEncoder, NoiseHead, check_device
 from pyro_sinkhorn.guide.global_guide import GLOBAL_GUIDES
 from pyro_sinkhorn.guide.layout import features_of, plate_shape, rows_of
+from pyro_sinkhorn.guide.lazy import LazyGuide
 from pyro_sinkhorn.guide.make import make_group
 from pyro_sinkhorn.guide.observed import Observed, Readings, find_observed, read_observed
 from pyro_sinkhorn.guide.produce import Produced, Recipe, entered
 from pyro_sinkhorn.guide.start import has_start, stands_alone
 from pyro_sinkhorn.guide.states import DISCRETE, key_of, mass_beyond
 from pyro_sinkhorn.runs import check_appeared, preserved_buffers, run_model, subsamples
-from pyro_sinkhorn.structure import Group, Plate, Structure, plates_of, structure_of
+from pyro_sinkhorn.structure import Group, Plate, plates_of, structure_of
 
 EncoderInput = Callable[..., Tensor]
 
 
-class AutoImplicit(PyroModule):
+class AutoImplicit(LazyGuide):
     r"""Guide made of networks that turn observed values and noise into latents; it has no density.
 
     For every group of local latents (those that share their data plates) one network reads the observed values of a
@@ -68,6 +69,8 @@ class AutoImplicit(PyroModule):
     torch.Size([5, 3])
     """
 
+    made = ("heads", "encoders", "global_guides", "state_heads")
+
     def __init__(
         self,
         model: Callable[..., Any],
@@ -80,7 +83,7 @@ class AutoImplicit(PyroModule):
         discrete: Literal["enumerate", "straight_through"] = "enumerate",
         temperature: float = 0.5,
     ) -> None:
-        super().__init__(name=type(self).__name__)
+        super().__init__(model)
         if encoder is not None and not isinstance(encoder, nn.Module):
             raise ProgramError(
                 f"encoder is a {type(encoder).__name__}: expected an nn.Module, whose parameters the guide can train"
@@ -91,8 +94,6 @@ class AutoImplicit(PyroModule):
             raise ProgramError(f"discrete is {discrete!r}: expected one of {sorted(DISCRETE)}")
         if not temperature > 0:
             raise ProgramError(f"temperature is {temperature}: expected a positive number")
-        # In a tuple, so that a model that is a module does not become a part of its guide.
-        self._model = (model,)
         self.encoder = encoder
         self._encoder_input = encoder_input
         self._noise_dim = noise_dim
@@ -100,34 +101,28 @@ class AutoImplicit(PyroModule):
         self._global_kind = global_guide
         self._discrete, self._temperature = discrete, temperature
         self._make_empty()
-        self._structure: Structure | None = None
         self._observed: list[Observed] = []
-        self._pending_state: dict[str, Tensor] | None = None
         #: Values of the observed sites that the last call read, for the loss to check against the model's.
         self.last_inputs: dict[str, Tensor] = {}
         #: Prior mass beyond the states of every count, at the last call.
         self.lost_mass: dict[str, float] = {}
         self._warned: set[str] = set()
 
-    @property
-    def model(self) -> Callable[..., Any]:
-        """The program that this guide is for."""
-        return self._model[0]
-
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample every latent; returns them by name."""
-        if self._structure is None:
-            # Networks about to be overwritten by a loaded state must not shift the random numbers of this call.
-            with torch.random.fork_rng(devices=[], enabled=self._pending_state is not None):
-                self._set_up(args, kwargs)
-        structure = self._structure
-        assert structure is not None
-        prior = run_model(self.model, args, kwargs, stop_after=structure.latents, grad=True)
+        structure, shown = self._ensure(lambda: self._set_up(args, kwargs)), self._shown
+        replayed = {} if shown is None else dict(shown.indices)
+        prior = run_model(
+            self.model, args, kwargs, values=replayed, stop_after=structure.latents, grad=shown is None
+        )
         check_appeared(prior, structure.latents)
         indices = subsamples(prior)
-        inputs = read_observed(
-            self._observed, args, kwargs, indices, lambda: self._run_observed(args, kwargs, indices)
-        )
+        if shown is not None:
+            inputs = shown.readings
+        else:
+            inputs = read_observed(
+                self._observed, args, kwargs, indices, lambda: self._run_observed(args, kwargs, indices)
+            )
         self.last_inputs = {} if self._encoder_input is not None else inputs
         plates = {plate.name: plate for name in structure.latents for plate in plates_of(prior.nodes[name])}
         contexts = {
@@ -151,8 +146,9 @@ class AutoImplicit(PyroModule):
         coarse_code: list[tuple[tuple[Plate, ...], Tensor]] = []
         for i, group in enumerate(structure.groups):
             current = tuple(plates[plate.name] for plate in group.plates)
-            code = self._encode(i, group, current, inputs, coarse_code, args, kwargs)
-            coarse_code.append((current, code))
+            laid_out = current if shown is None else (shown.plate, *current)
+            code = self._encode(i, group, laid_out, inputs, coarse_code, args, kwargs)
+            coarse_code.append((laid_out, code))
             recipe = self._recipe(i, group)
             recipe.sample(current, code, prior, contexts, done)
             for name, head in recipe.state_heads.items():
@@ -267,25 +263,7 @@ class AutoImplicit(PyroModule):
             self._make_networks(i, group, inputs, draws, coarse, done, args, kwargs)
         self._structure = structure
         self.train(self.training)
-        if self._pending_state is not None:
-            pending, self._pending_state = self._pending_state, None
-            self.load_state_dict(pending)
-
-    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """As in torch; before the first call, when there are no networks yet, the state waits for them."""
-        made = any(
-            name.startswith(("heads.", "encoders.", "global_guides.", "state_heads.")) for name in state_dict
-        )
-        if self._structure is None and made:
-            self._pending_state = dict(state_dict)
-            return torch.nn.modules.module._IncompatibleKeys([], [])
-        return super().load_state_dict(state_dict, strict, assign)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As in torch; a state that still waits for the first call counts as the guide's."""
-        if self._pending_state is not None and not args and not kwargs:
-            return dict(self._pending_state)
-        return super().state_dict(*args, **kwargs)
+        self._take_pending()
 
     def _make_networks(
         self,

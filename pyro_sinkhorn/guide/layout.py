@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -46,12 +47,7 @@ def features_of(observed: list[Observed], values: Readings, plates: tuple[Plate,
         depth = max(len(shape), len(batch))
         value = value.reshape(*[1] * (depth - len(batch)), *value.shape)
         # Plate dimensions that are not ours follow the kept ones and end among the features.
-        kept = [depth + dim for dim in range(-len(shape), 0)]
-        moved = [axis for axis in range(depth) if axis not in kept or (axis - depth) not in keep]
-        laid_out = value
-        for axis in moved:
-            if laid_out.shape[axis] != 1:
-                laid_out = torch.cat(laid_out.split(1, axis), -1)
+        laid_out = _flattened_along(value, [axis for axis in range(depth) if axis - depth not in keep])
         laid_out = laid_out.reshape(*laid_out.shape[depth - len(shape) : depth], -1)
         for plate in plates:
             if laid_out.shape[plate.dim - 1] not in (1, plate.size):
@@ -61,6 +57,47 @@ def features_of(observed: list[Observed], values: Readings, plates: tuple[Plate,
                 )
         columns.append(laid_out.expand(*shape, laid_out.shape[-1]))
     return torch.cat(columns, -1)
+
+
+def _flattened_along(value: Tensor, axes: list[int]) -> Tensor:
+    """Slices of some batch dimensions side by side as columns; those dimensions are left with size 1."""
+    for axis in axes:
+        if value.shape[axis] != 1:
+            value = torch.cat(value.split(1, axis), -1)
+    return value
+
+
+def columns_along(value: Tensor, plates: tuple[Plate, ...], nesting: int) -> Tensor:
+    """``(..., c)`` with what varies along other plates of the model as columns: ``(..., plates, c')``.
+
+    :param nesting: dimensions of all plates of the model; those further left (draws, data sets) stay
+    """
+    batch = value.dim() - 1
+    value = value.reshape(*[1] * max(nesting - batch, 0), *value.shape)
+    keep = {plate.dim for plate in plates}
+    depth = value.dim() - 1
+    return _flattened_along(value, [depth + dim for dim in range(-nesting, 0) if dim not in keep])
+
+
+def along_plates(value: Tensor, plates: tuple[Plate, ...], indices: Mapping[str, Tensor]) -> Tensor | None:
+    """``(*sizes of plates, c)`` of a tensor whose first dimensions are those of the outermost plates; else None.
+
+    :param indices: sub-samples, which a tensor as long as the full plate is cut to
+    """
+    lead = 0
+    for plate in plates:
+        if lead >= value.dim():
+            break
+        if value.shape[lead] == plate.full_size != plate.size and plate.name in indices:
+            value = value.index_select(lead, indices[plate.name].to(value.device))
+        if value.shape[lead] != plate.size:
+            break
+        lead += 1
+    if lead == 0:
+        return None
+    sizes = [plate.size for plate in plates]
+    value = value.reshape(*sizes[:lead], *(1 for _ in sizes[lead:]), -1)
+    return value.expand(*sizes, -1)
 
 
 def rows_of(value: Tensor, plates: tuple[Plate, ...], group: str) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from pyro_sinkhorn.geometry.discrete import Discrete
 from pyro_sinkhorn.geometry.registry import geometry_of
 from pyro_sinkhorn.guide.encoder import NoiseHead
+from pyro_sinkhorn.guide.posterior_networks import ResidualHead
 from pyro_sinkhorn.guide.produce import Produced, num_outputs
-from pyro_sinkhorn.guide.start import start
+from pyro_sinkhorn.guide.start import has_heavy_tails, start
 from pyro_sinkhorn.guide.states import StateHead, key_of, log_prior_of
 from pyro_sinkhorn.structure import Group, plates_of, refuse_inner_plates
 
@@ -29,6 +31,7 @@ def make_group(
     noise_dim: int | None,
     hidden: int,
     states: Mapping[str, Tensor],
+    make_head: Callable[[int, int, int], NoiseHead | ResidualHead] | None = None,
 ) -> tuple[nn.ModuleDict, nn.Module, int]:
     """Heads of the discrete sites, head of the others (an identity where there are none), and noise variables.
 
@@ -38,6 +41,7 @@ def make_group(
     :param relative: sites produced relative to their prior's moments
     :param enumerated: whether discrete sites get a probability for every state
     :param noise_dim: as asked for, or None for as many as raw outputs
+    :param make_head: of width, noise variables and raw outputs; by default a :class:`NoiseHead`
     :param states: states of discrete sites from an earlier set-up by key, which win over the prior's
     """
     nodes = draws[0].nodes
@@ -45,7 +49,7 @@ def make_group(
     factory: dict[str, Any] = {"device": code.device, "dtype": floating[0].dtype if floating else code.dtype}
     state_heads = nn.ModuleDict()
     width = code.shape[-1] + sum(state.shape[-1] for state in done.known(group.plates))
-    locs, scales = [], []
+    locs, scales, heavy = [], [], []
     for name in group.sites:
         fn = nodes[name]["fn"]
         geometry = geometry_of(fn, name)
@@ -70,13 +74,18 @@ def make_group(
             loc, scale = torch.zeros(num_outputs(geometry)), torch.ones(num_outputs(geometry))
         else:
             loc, scale = start(name, draws)
+        tails = name not in relative and has_heavy_tails(name, draws)
+        heavy.append(torch.full((len(loc) * copies,), tails))
         locs.append(loc.to(code).repeat(copies))
         scales.append(scale.to(code).repeat(copies))
     if not locs:
         return state_heads, nn.Identity(), 0
     num_raw = sum(len(loc) for loc in locs)
     noise_dim = num_raw if noise_dim is None else noise_dim
-    head = NoiseHead(width, noise_dim, num_raw, hidden).to(**factory)
+    make_head = make_head or functools.partial(NoiseHead, hidden=hidden)
+    head = make_head(width, noise_dim, num_raw).to(**factory)
     head.loc.copy_(torch.cat(locs))
     head.scale.copy_(torch.cat(scales))
+    if isinstance(head, ResidualHead):
+        head.heavy.copy_(torch.cat(heavy))
     return state_heads, head, noise_dim

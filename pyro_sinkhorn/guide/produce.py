@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,15 +12,15 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.poutine.trace_struct import Trace
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_sinkhorn.distributions.implicit import Implicit
 from pyro_sinkhorn.errors import NonFiniteError
 from pyro_sinkhorn.geometry.base import Geometry
 from pyro_sinkhorn.geometry.discrete import Discrete
 from pyro_sinkhorn.geometry.registry import geometry_of
-from pyro_sinkhorn.guide.encoder import NoiseHead
 from pyro_sinkhorn.guide.layout import place_extra_plates
+from pyro_sinkhorn.guide.shown import Moments
 from pyro_sinkhorn.guide.start import moments
 from pyro_sinkhorn.guide.states import relaxed
 from pyro_sinkhorn.structure import Group, Plate, plates_of
@@ -54,16 +54,18 @@ class Recipe:
     relative:     sites produced relative to their prior's moments, or probabilities
     temperature:  of relaxed discrete sites
     below_globals: whether the program has globals, whose guide needs the gradient of the prior's scale
+    known_moments: of priors, instead of those of the prior run
     """
 
     group: Group
-    head: NoiseHead | None
+    head: nn.Module | None
     state_heads: dict[str, Any]
     noise_dim: int
     noise_name: str
     relative: frozenset[str]
     temperature: float
     below_globals: bool
+    known_moments: Mapping[str, Moments] = field(default_factory=dict)
 
     def sample(
         self, plates: tuple[Plate, ...], code: Tensor, prior: Trace, contexts: dict[str, Any], done: Produced
@@ -104,7 +106,11 @@ class Recipe:
             part = place_extra_plates(raw[..., column : column + n_raw], extra)
             column += n_raw
             if name in self.relative and not isinstance(geometry, Discrete):
-                part = _relative_to_prior(name, part, fn, geometry, not self.below_globals)
+                if name in self.known_moments:
+                    loc, spread = self.known_moments[name]
+                    part = loc + spread * part
+                else:
+                    part = _relative_to_prior(name, part, fn, geometry, not self.below_globals)
             part = part.to(_dtype(prior.nodes[name]["value"]))
             with entered(contexts, [plate.name for plate in extra]):
                 if isinstance(geometry, Discrete):

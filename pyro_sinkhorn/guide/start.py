@@ -65,3 +65,12 @@ def start(name: str, draws: list[Trace]) -> tuple[Tensor, Tensor]:
     loc = raw.median(0).values
     scale = (raw - loc).abs().median(0).values * 1.4826  # a normal's ratio of standard to median deviation
     return loc, torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
+def has_heavy_tails(name: str, draws: list[Trace]) -> bool:
+    """Whether prior draws of a site on the line have tails that a network linear in its noise would not reach."""
+    geometry = geometry_of(draws[0].nodes[name]["fn"], name)
+    if not isinstance(geometry, Real):
+        return False
+    rows = geometry.embed(torch.stack([draw.nodes[name]["value"] for draw in draws]).detach()).flatten(0, -2)
+    return geometry.tails(rows) is not None

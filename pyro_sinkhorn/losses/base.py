@@ -36,6 +36,7 @@ class Terms:
     match:           normalised divergence of each group or clique, without its weight; it may be negative
     globals:         log q - log p of the global latents
     total_match:     what the weight multiplies: the matches of all, each with its share of the data
+    energy:          score of a guide on simulated data, 1 being that of the prior; NaN for a loss that has none
     """
 
     loss: float = math.nan
@@ -43,6 +44,7 @@ class Terms:
     match: dict[str, float] = field(default_factory=dict)
     globals: float = 0.0
     total_match: float = 0.0
+    energy: float = math.nan
 
 
 class SinkhornLoss(ELBO):
@@ -50,10 +52,16 @@ class SinkhornLoss(ELBO):
 
     needs_guide:    whether a program without a guide is to be given ``AutoImplicit``
     replaces_data:  whether ``fit`` draws minibatches with replacement
+    default_guide:  class of the guide of a program that is given none
+    makes_posterior: whether the guide that it trains is a posterior
+    whole_data_sets: whether globals are read off the data of a call, which then must be all of them
     """
 
     needs_guide = True
     replaces_data = False
+    default_guide: Any = None
+    makes_posterior = False
+    whole_data_sets = False
 
     def __init__(
         self,
@@ -144,7 +152,7 @@ class SinkhornLoss(ELBO):
     ) -> Tensor:
         """An estimate of the loss as a tensor to differentiate."""
         losses, terms = zip(*self._particles(model, guide, args, kwargs), strict=True)
-        self.terms = _mean_terms(terms)
+        self.terms = mean_terms(terms)
         return sum(losses) / len(losses)
 
     def loss_and_grads(
@@ -161,7 +169,7 @@ class SinkhornLoss(ELBO):
                 (loss / n).backward(retain_graph=self.retain_graph)
             total += torch_item(loss) / n
             terms.append(term)
-        self.terms = _mean_terms(terms)
+        self.terms = mean_terms(terms)
         return total
 
     def _guess_max_plate_nesting(self, model: Any, guide: Any, args: Any, kwargs: Any) -> None:
@@ -202,7 +210,8 @@ class SinkhornLoss(ELBO):
         """Loss of one pair of traces, and its terms."""
 
 
-def _mean_terms(terms: Sequence[Terms]) -> Terms:
+def mean_terms(terms: Sequence[Terms]) -> Terms:
+    """Averages over particles."""
     n = len(terms)
     return Terms(
         loss=sum(t.loss for t in terms) / n,
@@ -210,4 +219,5 @@ def _mean_terms(terms: Sequence[Terms]) -> Terms:
         match={name: sum(t.match[name] for t in terms) / n for name in terms[0].match},
         globals=sum(t.globals for t in terms) / n,
         total_match=sum(t.total_match for t in terms) / n,
+        energy=sum(t.energy for t in terms) / n,
     )

@@ -132,8 +132,11 @@ def embedded(
 
 
 def rows(columns: Tensor, n_particles: int, plates: tuple[Plate, ...]) -> Tensor:
-    """Lay ``(batch..., e)`` out as ``(particles, n, e')``: plates of the group become rows, others columns."""
-    depth = max(-plate.dim for plate in plates)
+    """Lay ``(batch..., e)`` out as ``(particles, n, e')``: plates of the group become rows, others columns.
+
+    Without plates there is one row.
+    """
+    depth = max((-plate.dim for plate in plates), default=0)
     batch = tuple(columns.shape[:-1])
     # Everything left of the group's plates is either the particle plate, outermost, or a plate the group lacks.
     batch = (1,) * max(depth - len(batch), 0) + batch

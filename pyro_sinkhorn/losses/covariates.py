@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyro_sinkhorn.errors import NonFiniteError, ProgramError
 from pyro_sinkhorn.explain import spoken, tensors_of
+from pyro_sinkhorn.guide.layout import along_plates
 from pyro_sinkhorn.losses.simulation import Simulation
 from pyro_sinkhorn.runs import subsamples
 from pyro_sinkhorn.structure import Group, Plate
@@ -108,17 +109,5 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 def _rows(value: Tensor, plates: tuple[Plate, ...], indices: dict[str, Tensor]) -> Tensor | None:
     """``(n, c)`` of a tensor whose first dimensions are those of the outermost plates, or None if they are not."""
-    lead = 0
-    for plate in plates:
-        if lead >= value.dim():
-            break
-        if value.shape[lead] == plate.full_size != plate.size and plate.name in indices:
-            value = value.index_select(lead, indices[plate.name].to(value.device))
-        if value.shape[lead] != plate.size:
-            break
-        lead += 1
-    if lead == 0:
-        return None
-    sizes = [plate.size for plate in plates]
-    value = value.reshape(*sizes[:lead], *(1 for _ in sizes[lead:]), -1)
-    return value.expand(*sizes, -1).flatten(0, len(sizes) - 1)
+    found = along_plates(value, plates, indices)
+    return None if found is None else found.flatten(0, len(plates) - 1)

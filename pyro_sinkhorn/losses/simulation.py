@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
@@ -24,29 +22,18 @@ from pyro_sinkhorn.explain import bad_rows, explained
 from pyro_sinkhorn.geometry.elementwise import HalfLine
 from pyro_sinkhorn.geometry.registry import base_support, geometry_of
 from pyro_sinkhorn.losses.scoring import renormalised
-from pyro_sinkhorn.runs import run_model, subsamples
+from pyro_sinkhorn.runs import Resample, run_model, subsamples
 from pyro_sinkhorn.structure import (
     PARTICLE_PLATE,
     Group,
     Structure,
     innermost,
-    is_data,
     is_latent,
     parameters_of,
     plates_of,
     sample_sites,
     structure_of,
 )
-
-
-class Resample(Messenger):
-    """Draw observed data sites, keeping what was observed; factors and ``pyro.deterministic`` stay as they are."""
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if not msg["is_observed"] or isinstance(msg["fn"], _Subsample) or not is_data(msg):
-            return
-        msg["infer"] = {**msg["infer"], "was_observed": True, "obs": msg["value"]}
-        msg["is_observed"], msg["value"], msg["done"] = False, None, False
 
 
 @dataclass(frozen=True)

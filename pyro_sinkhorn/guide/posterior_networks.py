@@ -1,0 +1,86 @@
+"""Networks of the posterior guide: a residual head that mixes noise in, and an encoder of whole data sets."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pyro_sinkhorn.guide.encoder import Standardise, perceptron
+
+
+class ResidualBlock(nn.Module):
+    r""":math:`h + W_2\,\mathrm{silu}(W_1\,\mathrm{norm}(h))`."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width)
+        )
+
+    def forward(self, h: Tensor) -> Tensor:
+        """``(..., width)`` to the same shape."""
+        return h + self.layers(h)
+
+
+class ResidualHead(nn.Module):
+    r"""Context and noise to the raw outputs of all latents of a block, jointly.
+
+    Residual blocks on both, plus a linear map of both, which alone is the posterior of a linear-Gaussian program. Outputs
+    start in the prior's own scale, ``loc + scale * (...)``, as those of :class:`~pyro_sinkhorn.guide.encoder.NoiseHead`;
+    those marked ``heavy`` pass a hyperbolic sine first, which undoes the compression of heavy-tailed inputs.
+    """
+
+    loc: Tensor
+    scale: Tensor
+    heavy: Tensor
+
+    def __init__(self, width: int, noise_dim: int, num_raw: int, hidden: int, depth: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(width + noise_dim, hidden)
+        self.blocks = nn.Sequential(*[ResidualBlock(hidden) for _ in range(depth)])
+        self.last = nn.Sequential(nn.LayerNorm(hidden), nn.SiLU(), nn.Linear(hidden, num_raw))
+        self.direct = nn.Linear(width + noise_dim, num_raw)
+        self.register_buffer("loc", torch.zeros(num_raw))
+        self.register_buffer("scale", torch.ones(num_raw))
+        self.register_buffer("heavy", torch.zeros(num_raw, dtype=torch.bool))
+
+    def forward(self, context: Tensor, noise: Tensor | None) -> Tensor:
+        """``(..., width)`` and ``(..., noise_dim)`` to ``(..., num_raw)``."""
+        joined = context if noise is None else torch.cat([context, noise], -1)
+        raw = self.direct(joined) + self.last(self.blocks(self.first(joined)))
+        raw = torch.where(self.heavy, raw.clamp(-30, 30).sinh(), raw)
+        return self.loc + self.scale * raw
+
+
+class SetEncoder(nn.Module):
+    r"""Rows of a data set to one code, whatever their order and number (Zaheer et al. 2017, *Deep sets*).
+
+    Rows are standardised, pass a perceptron, are averaged along the innermost plate, pass another, and so on outwards:
+
+    .. math:: c = \bigl(\tfrac1n \sum_i h(x_i),\ \log n\bigr).
+
+    The logarithm of the number of rows lets the guide narrow as data come in. Rows that a mask leaves nothing of are not
+    counted.
+    """
+
+    def __init__(self, n_features: int, num_plates: int, width: int) -> None:
+        super().__init__()
+        self.standardise = Standardise(n_features)
+        sizes = [n_features] + [width + 1] * (num_plates - 1)
+        self.layers = nn.ModuleList([perceptron(size, width, width) for size in sizes])
+        self.width = width + 1
+
+    def forward(self, rows: Tensor, dims: list[int]) -> Tensor:
+        """``(..., plates, n_features)`` to the same with plates of size 1 and ``width`` columns.
+
+        :param dims: batch dimensions of the plates, innermost first
+        """
+        missing = rows.isnan()
+        counts = (~(missing | (rows == 0)).all(-1, keepdim=True) | ~missing.any(-1, keepdim=True)).to(rows)
+        h = self.standardise(rows)
+        for layer, dim in zip(self.layers, dims, strict=True):
+            n = counts.sum(dim - 1, keepdim=True)
+            mean = (layer(h) * counts).sum(dim - 1, keepdim=True) / n.clamp_min(1)
+            h = torch.cat([mean, n.clamp_min(1).log()], -1)
+            counts = (n > 0).to(rows)
+        return h

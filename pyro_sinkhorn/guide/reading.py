@@ -1,0 +1,180 @@
+"""What the posterior guide reads: rows of observed values and covariates, and whole data sets."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pyro_sinkhorn.errors import ProgramError
+from pyro_sinkhorn.explain import Path, spoken, tensors_of
+from pyro_sinkhorn.guide.layout import along_plates, features_of, plate_shape
+from pyro_sinkhorn.guide.observed import Observed, Readings
+from pyro_sinkhorn.structure import Plate
+
+Covariates = Literal["auto"] | Callable[..., Tensor] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """One call's data, ready to be laid out along any plates.
+
+    observed:   the observed sites, with the plates of this call
+    values:     theirs, data sets outermost where several are shown
+    covariates: what else the slices of the outermost plate are read with
+    lead:       the plate of data sets, if several are shown
+    code:       of an encoder of the user's, for the slices of the outermost plate: ``(lead, plate_shape, width)``
+    """
+
+    observed: list[Observed]
+    values: Readings
+    covariates: list[Tensor]
+    indices: Mapping[str, Tensor]
+    lead: tuple[Plate, ...] = ()
+    code: Tensor | None = None
+
+    def rows(self, plates: tuple[Plate, ...]) -> Tensor:
+        """Numbers read in every slice: ``(lead, plate_shape, n_features)``."""
+        around = (*self.lead, *plates)
+        columns = []
+        if self.code is None or len(plates) > 1:
+            columns.append(features_of(self.observed, self.values, around))
+        if self.code is not None:
+            columns.append(self.code)
+        for value in self.covariates:
+            laid_out = along_plates(value, plates, self.indices)
+            if laid_out is not None:
+                columns.append(placed(laid_out.to(columns[0]), plates))
+        shape = plate_shape(around)
+        return torch.cat([column.expand(*shape, column.shape[-1]) for column in columns], -1)
+
+    def stacks(self) -> list[tuple[Plate, ...]]:
+        """Plates of the observed sites, each stack once."""
+        return list(dict.fromkeys(site.plates for site in self.observed))
+
+
+def placed(value: Tensor, plates: tuple[Plate, ...]) -> Tensor:
+    """``(*sizes of plates, c)`` with every plate at its own dimension."""
+    order = sorted(range(len(plates)), key=lambda i: plates[i].dim)
+    return value.permute(*order, len(plates)).reshape(*plate_shape(plates), value.shape[-1])
+
+
+def resized(observed: list[Observed], values: Readings) -> list[Observed]:
+    """Observed sites with the plate sizes of these values: data sets may vary in size."""
+    found = []
+    for site in observed:
+        shape = values[site.name].shape
+        batch = shape[: len(shape) - site.event_dim]
+        plates = tuple(
+            plate
+            if plate.size != plate.full_size or len(batch) < -plate.dim
+            else dataclasses.replace(plate, size=batch[plate.dim], full_size=batch[plate.dim])
+            for plate in site.plates
+        )
+        found.append(dataclasses.replace(site, plates=plates))
+    return found
+
+
+def find_covariates(
+    given: Covariates, observed: list[Observed], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[Path]:
+    """Arguments along the outermost data plates that hold no data, for ``"auto"``.
+
+    Where some data are no argument as it is, any argument may be what they were computed from; then none is read, and
+    a warning says so.
+    """
+    if given != "auto":
+        return []
+    sources = {site.source.path for site in observed} | {site.mask.path for site in observed if site.mask}
+    outermost = {site.plates[0].full_size for site in observed}
+    found = [
+        path
+        for path, value in tensors_of(args, kwargs)
+        if value.dim() and len(value) in outermost and path not in sources
+    ]
+    unknown = [site.name for site in observed if site.source.path is None]
+    if found and unknown:
+        warnings.warn(
+            f"observed sites {unknown} are no arguments of the model as they are, so {[spoken(path) for path in found]} may be "
+            "what they are computed from, and the guide reads none of them beside the observed values. If it should (a "
+            "design, known errors), say AutoPosterior(model, covariates=lambda *args: ...); if not, covariates=None",
+            UserWarning,
+            stacklevel=2,
+        )
+        return []
+    return found
+
+
+def read_covariates(
+    given: Covariates,
+    paths: list[Path],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    plate: Plate,
+) -> list[Tensor]:
+    """Covariates of this call, floating.
+
+    :raises ProgramError: the function returned something else than one row a slice
+    """
+    if callable(given):
+        value = given(*args, **kwargs)
+        if (
+            not isinstance(value, Tensor)
+            or not value.dim()
+            or len(value) not in (plate.size, plate.full_size)
+        ):
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ProgramError(
+                f"the covariates function returned {got}: expected a tensor of shape ({plate.size},) and then columns, one "
+                f"row for each slice of plate {plate.name!r}"
+            )
+        found = [value]
+    else:
+        held = dict(tensors_of(args, kwargs))
+        missing = [spoken(path) for path in paths if path not in held]
+        if missing:
+            raise ProgramError(
+                f"{missing} was a tensor when the guide was made, which read it as a covariate, and is none now: call model "
+                "and guide with the same kinds of arguments, or say covariates=None"
+            )
+        found = [held[path] for path in paths]
+    return [value if value.is_floating_point() else value.to(torch.get_default_dtype()) for value in found]
+
+
+def encoded(
+    encoder: nn.Module, values: Readings, observed: list[Observed], lead: tuple[Plate, ...]
+) -> Tensor:
+    """Codes of an encoder of the user's: ``(lead, plate_shape, width)`` for the slices of the outermost plate.
+
+    :raises ProgramError: the encoder returned something else than one code a slice
+    """
+    outer = observed[0].plates[0]
+    around = (*lead, outer)
+    sizes = [plate.size for plate in around]
+    read = values.for_encoder(observed)
+
+    def merged(value: Tensor) -> Tensor:
+        # Data sets side by side, as further rows: networks such as convolutions know one batch dimension.
+        if not lead:
+            return value
+        rest = value.shape[1:]
+        while len(rest) and rest[0] == 1 and outer.size != 1:
+            rest = rest[1:]
+        return value.reshape(len(value) * outer.size, *rest[1:])
+
+    read = {name: merged(v) for name, v in read.items()} if isinstance(read, dict) else merged(read)
+    code = encoder(read)
+    if not isinstance(code, Tensor) or code.dim() != 2 or len(code) != torch.Size(sizes).numel():
+        got = tuple(code.shape) if isinstance(code, Tensor) else type(code).__name__
+        shape = (
+            tuple(read.shape) if isinstance(read, Tensor) else {n: tuple(v.shape) for n, v in read.items()}
+        )
+        raise ProgramError(
+            f"the encoder returned {got} for values of shape {shape}: expected ({torch.Size(sizes).numel()}, width), one code for "
+            f"each slice of plate {outer.name!r}"
+        )
+    return code.reshape(*plate_shape(around), -1)

@@ -1,0 +1,248 @@
+"""Simulated pairs of latents and data: whole data sets drawn from a program, many at once.
+
+Many data sets at once means one run of the model inside one more plate. Models written with Pyro's broadcasting allow it;
+others (a simulator that loops over ``range(len(x))``, sums over dimension 0) would quietly mix data sets up. So the first
+call compares a plain run with one inside a plate of size 1 that draws the same random numbers: where any value differs, or
+the second fails, data sets are simulated one by one.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro
+import torch
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from pyro_sinkhorn.errors import NonFiniteError, ProgramError
+from pyro_sinkhorn.explain import bad_rows
+from pyro_sinkhorn.geometry.registry import geometry_of
+from pyro_sinkhorn.guide.shown import DATA_SETS, Moments
+from pyro_sinkhorn.guide.start import moments
+from pyro_sinkhorn.runs import Resample, run_model, subsamples
+from pyro_sinkhorn.structure import Plate, Site, Structure, nesting_of, sample_sites, structure_of
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Simulated data sets with their latents; all values are ``(P, *batch, *event)`` with equally many batch dimensions.
+
+    values:   of latents and observed sites
+    event_dims: of these
+    moments:  mean and standard deviation of priors on the line given their parents, ``(P, *batch, numel)``
+    indices:  sub-samples, common to all
+    weights:  of the data sets where they were not drawn from the prior, ``(P,)``, of mean about 1
+    """
+
+    values: Mapping[str, Tensor]
+    event_dims: Mapping[str, int]
+    moments: Mapping[str, Moments]
+    indices: Mapping[str, Tensor]
+    nesting: int
+    weights: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(next(iter(self.values.values())))
+
+    @property
+    def plate(self) -> Plate:
+        """The plate of the data sets."""
+        return Plate(DATA_SETS, -(self.nesting + 1), len(self), len(self))
+
+    def pick(self, index: Tensor) -> Pairs:
+        """Some of the data sets."""
+        return Pairs(
+            {name: value[index] for name, value in self.values.items()},
+            self.event_dims,
+            {name: (loc[index], scale[index]) for name, (loc, scale) in self.moments.items()},
+            self.indices,
+            self.nesting,
+            None if self.weights is None else self.weights[index],
+        )
+
+    def value(self, name: str) -> Tensor:
+        """Values of one site."""
+        return self.values[name]
+
+
+@dataclass
+class Simulator:
+    """How pairs of one program are made; knows, from its first call on, whether data sets can lie in a plate.
+
+    vectorize:  True, False, or None to find out
+    """
+
+    vectorize: bool | None = None
+    warned: set[str] = field(default_factory=set)
+
+    def look(
+        self, model: Callable[..., Any], args: Any, kwargs: Any, values: Mapping[str, Tensor] = {}
+    ) -> tuple[Trace, Structure, int]:
+        """One plain run of the model on its data: the trace, its structure, and how deep its plates are nested."""
+        trace = run_model(model, args, kwargs, values=dict(values))
+        structure = structure_of(trace)
+        return trace, structure, nesting_of(trace)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        model: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        num: int,
+        given: Mapping[str, Tensor] | None = None,
+        indices: Mapping[str, Tensor] | None = None,
+        stop_after: tuple[str, ...] = (),
+    ) -> Pairs:
+        """Simulate ``num`` data sets of the shape of the data in the arguments.
+
+        :param given: values of latents, ``(num, *batch, *event)``; all others are drawn
+        :param indices: of sub-samples; by default drawn
+        :param stop_after: latents after which the runs may stop, where no data are wanted
+        :raises NonFiniteError: simulated values are NaN or infinite
+        """
+        seen, structure, nesting = self.look(model, args, kwargs, indices or {})
+        shared = subsamples(seen)
+        free = Resample()(model)
+        if self.vectorize is None:
+            self.vectorize = vectorises(free, args, kwargs, shared, nesting)
+        plate = Plate(DATA_SETS, -(nesting + 1), num, num)
+        fixed = dict(given or {})
+        if self.vectorize:
+            trace = run_model(
+                in_plate(free, plate), args, kwargs, values=fixed | shared, stop_after=stop_after
+            )
+            nodes = {name: _packed(site, num, nesting) for name, site in sample_sites(trace)}
+            found = _moments(trace, structure, num, nesting)
+        else:
+            each = []
+            for i in range(num):
+                own = {name: value[i] for name, value in fixed.items()}
+                each.append(run_model(free, args, kwargs, values=own | shared, stop_after=stop_after))
+            names = [name for name, _ in sample_sites(each[0])]
+            nodes = {
+                name: torch.cat([_packed(one.nodes[name], 1, nesting) for one in each]) for name in names
+            }
+            apart = [_moments(one, structure, 1, nesting) for one in each]
+            common = set.intersection(*(set(one) for one in apart)) if apart else set()
+            found = {
+                name: (torch.cat([one[name][0] for one in apart]), torch.cat([one[name][1] for one in apart]))
+                for name in common
+            }
+        wanted = [name for name in (*structure.latents, *structure.data) if name in nodes]
+        event_dims = {name: len(seen.nodes[name]["fn"].event_shape) for name in wanted}
+        for name in wanted:
+            _check_finite(name, nodes[name])
+        return Pairs({name: nodes[name] for name in wanted}, event_dims, found, shared, nesting)
+
+
+def in_plate(model: Callable[..., Any], plate: Plate) -> Callable[..., Any]:
+    """The model, run in one more plate."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with pyro.plate(plate.name, plate.size, dim=plate.dim):
+            return model(*args, **kwargs)
+
+    return run
+
+
+@torch.no_grad()
+def vectorises(
+    model: Callable[..., Any], args: Any, kwargs: Any, indices: Mapping[str, Tensor], nesting: int
+) -> bool:
+    """Whether a run in one more plate, of size 1, gives the values of a plain run with the same random numbers."""
+    state = torch.get_rng_state()
+    plain = run_model(model, args, kwargs, values=dict(indices))
+    after = torch.get_rng_state()
+    try:
+        torch.set_rng_state(state)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            inside = run_model(
+                in_plate(model, Plate(DATA_SETS, -(nesting + 1), 1, 1)), args, kwargs, values=dict(indices)
+            )
+    except Exception:  # whatever a model does with a dimension that it did not expect
+        return False
+    finally:
+        torch.set_rng_state(after)
+    for name, site in sample_sites(plain):
+        if name not in inside.nodes:
+            return False
+        one, other = _packed(site, 1, nesting), _packed(inside.nodes[name], 1, nesting)
+        if one.shape != other.shape or not torch.allclose(
+            one.double(), other.double(), rtol=1e-4, atol=1e-6, equal_nan=True
+        ):
+            return False
+    return True
+
+
+def _packed(site: Site, num: int, nesting: int) -> Tensor:
+    """A value as ``(num, *batch, *event)`` with ``nesting`` batch dimensions."""
+    value, event_dim = site["value"], len(site["fn"].event_shape)
+    return _padded(value, event_dim, num, nesting)
+
+
+def _padded(value: Tensor, event_dim: int, num: int, nesting: int) -> Tensor:
+    batch, event = value.shape[: value.dim() - event_dim], value.shape[value.dim() - event_dim :]
+    if len(batch) > nesting + 1:
+        batch = batch[len(batch) - nesting - 1 :]
+        value = value.reshape(*batch, *event)
+    value = value.reshape(*[1] * (nesting + 1 - len(batch)), *batch, *event)
+    return value.expand(num, *value.shape[1:])
+
+
+def _moments(trace: Trace, structure: Structure, num: int, nesting: int) -> dict[str, Moments]:
+    found = {}
+    for name in structure.latents:
+        if name not in trace.nodes:
+            continue
+        fn = trace.nodes[name]["fn"]
+        pair = moments(fn, geometry_of(fn, name), detach_scale=True)
+        if pair is not None:
+            found[name] = (_padded(pair[0], 1, num, nesting), _padded(pair[1], 1, num, nesting))
+    return found
+
+
+def _check_finite(name: str, value: Tensor) -> None:
+    if value.is_floating_point() and not bool(value.isfinite().all()):
+        raise NonFiniteError(
+            f"site {name!r}: {bad_rows(value)} of the simulated values (shape {tuple(value.shape)}, data sets first). A "
+            "guide cannot learn from what is no number: have the simulator return numbers, or give the latents "
+            "priors from which it can"
+        )
+
+
+def substituted(
+    paths: Mapping[str, Any], pairs: Pairs, i: int, args: Any, kwargs: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments with the observed values replaced by those of data set ``i``.
+
+    :param paths: where each observed site's values are among the arguments
+    :raises ProgramError: for a site they are not, so that a guide that reads arguments could not be shown others
+    """
+    args, kwargs = list(args), dict(kwargs)  # type: ignore[assignment]
+    for name, path in paths.items():
+        if path is None or len(path) != 1:
+            raise ProgramError(
+                f"observed site {name!r}: its values are no argument of the model, so simulated ones cannot be shown to a "
+                "guide that reads the arguments. Pass the data as an argument of model and guide and write obs=argument, "
+                "or take AutoPosterior without encoder_input, which reads the observed sites themselves"
+            )
+        key = path[0]
+        held = args[key] if isinstance(key, int) else kwargs[key]
+        value = pairs.value(name)[i]
+        if value.numel() != held.numel():
+            raise ProgramError(
+                f"observed site {name!r}: the model observes {value.numel()} of the {held.numel()} numbers of its argument, "
+                "a sub-sample: pass minibatches instead, or take AutoPosterior, which reads the sub-sample"
+            )
+        value = value.reshape(held.shape).to(held.dtype)
+        if isinstance(key, int):
+            args[key] = value
+        else:
+            kwargs[key] = value
+    return tuple(args), kwargs

@@ -1,0 +1,286 @@
+"""Sleep: a guide sees simulated data, draws latents, and is scored against those that made the data."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from pyro_sinkhorn.errors import NonFiniteError, ProgramError
+from pyro_sinkhorn.geometry.registry import geometry_of
+from pyro_sinkhorn.guide.auto_implicit import AutoImplicit
+from pyro_sinkhorn.guide.lazy import LazyGuide
+from pyro_sinkhorn.guide.observed import Readings, find_observed, read_observed
+from pyro_sinkhorn.guide.shown import Shown, showing
+from pyro_sinkhorn.losses.clouds import slices
+from pyro_sinkhorn.losses.energy import ScoringCoordinates, energy_score, expected_energy_score
+from pyro_sinkhorn.losses.pairs import Pairs, substituted
+from pyro_sinkhorn.losses.scoring import run_guide
+from pyro_sinkhorn.structure import Group, Plate, Site, Structure, carried_along, is_latent, sample_sites
+
+#: Name of the plate of a guide's draws.
+DRAWS = "guide_draws"
+
+
+class Force(Messenger):
+    """Record what a guide draws at some sites, and let it go on with the truth."""
+
+    def __init__(self, truth: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.truth = truth
+        self.drawn: dict[str, tuple[Any, Tensor]] = {}
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["name"] in self.truth and is_latent(msg):
+            self.drawn[msg["name"]] = (msg["fn"], msg["value"])
+            msg["value"] = self.truth[msg["name"]].to(msg["value"])
+
+
+class Sleeper:
+    """Scores a guide on simulated pairs.
+
+    :param num_draws: guide draws of every pair, at least 2
+    :param beta: exponent of the energy score
+    """
+
+    def __init__(self, num_draws: int, beta: float) -> None:
+        self.num_draws, self.beta = num_draws, beta
+        self.coordinates = ScoringCoordinates()
+
+    def __call__(
+        self,
+        guide: Any,
+        pairs: Pairs,
+        seen: Trace,
+        structure: Structure,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> dict[str, Tensor]:
+        """Mean score of every block, in units of the prior's own: 1 is a guide that knows nothing.
+
+        :param seen: a plain run of the model on its data: sites, plates and masks
+        :raises ProgramError: the guide does not serve the model, naming the site
+        :raises NonFiniteError: the guide's draws are NaN or infinite
+        """
+        truth = dict(pairs.values)
+        drawn = self._drawn(guide, pairs, seen, structure, truth, args, kwargs)
+        _check_drawn(drawn, structure)
+        relative = frozenset(getattr(guide, "relative", ())) if _is_autoregressive(guide) else frozenset()
+        blocks = _blocks(guide, structure, drawn)
+        nodes = seen.nodes
+        self.coordinates.estimate(blocks, nodes, pairs, relative, self.beta)
+        scores = {}
+        for key, (names, plates) in blocks.items():
+            counted = _counted(seen, names, plates, structure)
+            columns = functools.partial(self._columns, pairs=pairs, nodes=nodes, plates=plates, relative=relative)
+            at_truth = torch.cat([columns(name, truth[name]) for name in names], -1)
+            fn = drawn[names[0]][0]
+            if len(names) == 1 and _has_states(fn):
+                score = self._score_states(names[0], fn, at_truth, pairs, nodes, plates)
+            else:
+                joint = torch.cat([columns(name, drawn[name][1]) for name in names], -1)
+                score = energy_score(
+                    joint.reshape(self.num_draws, -1, *joint.shape[1:]), at_truth, self.beta
+                )
+            if counted is not None:
+                score = score[:, counted]
+            score = score.mean(-1) if score.shape[-1] else score.sum(-1)
+            weights = None if pairs.weights is None else pairs.weights.to(score)
+            score = score.mean() if weights is None else (score * weights).mean()
+            if not bool(score.detach().isfinite()):
+                raise NonFiniteError(f"latents ({key}): the energy score of the guide's draws is {float(score)}")
+            scores[key] = score / self.coordinates.state.mean_costs[key].to(score)
+        return scores
+
+    def _columns(
+        self,
+        name: str,
+        value: Tensor,
+        *,
+        pairs: Pairs,
+        nodes: Any,
+        plates: tuple[Plate, ...],
+        relative: frozenset[str],
+    ) -> Tensor:
+        if not bool(value.isfinite().all()):
+            raise NonFiniteError(
+                f"latent site {name!r}: the guide produced NaN or infinite values (shape {tuple(value.shape)}, draws and data "
+                "sets first); look for a diverged guide (lower the learning rate, clip gradients)"
+            )
+        return self.coordinates.columns(name, nodes[name], value, plates, pairs, name in relative)
+
+    def _score_states(
+        self, name: str, fn: Any, at_truth: Tensor, pairs: Pairs, nodes: Any, plates: tuple[Plate, ...]
+    ) -> Tensor:
+        """The score of a law on states, exact: ``(P, n)``."""
+        values = fn.enumerate_support(expand=False)
+        flat = values.reshape(len(values), *fn.event_shape)
+        geometry = geometry_of(nodes[name]["fn"], name)
+        states = geometry.embed(flat)
+        unit = self.coordinates.state.units[name].to(states)
+        states = geometry.finish(states / unit)
+        log_prob = fn.log_prob(values)  # (S, draws, P, *batch)
+        probabilities = log_prob.movedim(0, -1).exp()
+        probabilities = probabilities.expand(*fn.batch_shape, len(flat))
+        lead = probabilities.shape[: probabilities.dim() - 1 - pairs.nesting]
+        # Given the truth above, the law is that of every draw.
+        probabilities = probabilities.reshape(-1, len(pairs), *probabilities.shape[len(lead) :])[0]
+        laid_out = probabilities.reshape(len(pairs), -1, len(flat))
+        return expected_energy_score(states, laid_out, at_truth, self.beta)
+
+    # Showing the data and drawing.
+
+    def _drawn(
+        self,
+        guide: Any,
+        pairs: Pairs,
+        seen: Trace,
+        structure: Structure,
+        truth: dict[str, Tensor],
+        args: Any,
+        kwargs: Any,
+    ) -> dict[str, tuple[Any, Tensor]]:
+        """Draws ``(S, P, *batch, *event)`` of every latent, each with the distribution it came from."""
+        observed = find_observed(seen, structure, args, kwargs, dict(pairs.indices))
+        if isinstance(guide, LazyGuide) and getattr(guide, "_encoder_input", None) is None:
+            if guide._structure is None:
+                with poutine.block(hide_types=["sample"]):
+                    guide(*args, **kwargs)
+            _refuse_plain_globals(guide, structure)
+            present = read_observed(observed, args, kwargs, dict(pairs.indices), lambda: seen).present
+            values = {name: pairs.values[name] for name in structure.data}
+            shown = Shown(Readings(values, present), pairs.plate, pairs.indices, pairs.moments)
+            plate = pairs.plate
+            force = Force(truth if _is_autoregressive(guide) else self._forced(guide, seen, truth))
+            with (
+                showing(guide, shown),
+                poutine.block(hide_types=["sample"]),
+                force,
+                pyro.plate(DRAWS, self.num_draws, dim=plate.dim - 1),
+                pyro.plate(plate.name, plate.size, dim=plate.dim),
+            ):
+                trace = run_guide(guide, args, kwargs)
+            return _collected(trace, force.drawn)
+        paths = {site.name: site.source.path for site in observed}
+        by_set = []
+        for i in range(len(pairs)):
+            shown_args, shown_kwargs = substituted(paths, pairs, i, args, kwargs)
+            own = {name: value[i] for name, value in truth.items()}
+            by_draw = []
+            for _ in range(self.num_draws):
+                force = Force(self._forced(guide, seen, own))
+                with poutine.block(hide_types=["sample"]), force:
+                    trace = run_guide(guide, shown_args, shown_kwargs)
+                by_draw.append(_collected(trace, force.drawn))
+            by_set.append(by_draw)
+        return _stacked(by_set, pairs, seen)
+
+    def _forced(self, guide: Any, seen: Trace, truth: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Of a guide whose order of sites is unknown, only discrete sites go on with the truth."""
+        return {
+            name: value
+            for name, value in truth.items()
+            if getattr(seen.nodes[name]["fn"].support, "is_discrete", False)
+        }
+
+
+def _is_autoregressive(guide: Any) -> bool:
+    return bool(getattr(guide, "autoregressive", False))
+
+
+def _has_states(fn: Any) -> bool:
+    return bool(getattr(fn, "has_enumerate_support", False))
+
+
+def _collected(trace: Trace, forced: dict[str, tuple[Any, Tensor]]) -> dict[str, tuple[Any, Tensor]]:
+    free = {name: (site["fn"], site["value"]) for name, site in sample_sites(trace) if is_latent(site)}
+    return free | forced
+
+
+def _stacked(
+    by_set: list[list[dict[str, tuple[Any, Tensor]]]], pairs: Pairs, seen: Trace
+) -> dict[str, tuple[Any, Tensor]]:
+    """Draws of separate guide calls as ``(S, P, *batch, *event)``."""
+    found = {}
+    for name, (fn, _) in by_set[0][0].items():
+        event_dim = pairs.event_dims.get(name, len(fn.event_shape))
+
+        def packed(value: Tensor, event_dim: int = event_dim) -> Tensor:
+            batch = value.dim() - event_dim
+            return value.reshape(*[1] * (pairs.nesting - batch), *value.shape)
+
+        value = torch.stack([torch.stack([packed(one[name][1]) for one in draws]) for draws in by_set], 1)
+        if _has_states(fn):
+            raise ProgramError(
+                f"guide site {name!r} is a {type(fn).__name__} with states: a guide written by hand is scored by its draws, which "
+                "carry no gradient to their probabilities. Use AutoPosterior or AutoImplicit, which are scored over all states"
+            )
+        found[name] = (fn, value)
+    return found
+
+
+def _blocks(
+    guide: Any, structure: Structure, drawn: dict[str, tuple[Any, Tensor]]
+) -> dict[str, tuple[tuple[str, ...], tuple[Plate, ...]]]:
+    """What is scored together, by name: sites and the plates whose slices are rows."""
+    plates = {name: group.plates for group in structure.groups for name in group.sites}
+    if _is_autoregressive(guide):
+        return {", ".join(names): (names, plates.get(names[0], ())) for names in guide.blocks()}
+    discrete = [name for name in structure.latents if _has_states(drawn[name][0])]
+    found: dict[str, tuple[tuple[str, ...], tuple[Plate, ...]]] = {
+        name: ((name,), plates.get(name, ())) for name in discrete
+    }
+    # All that surrounds a row belongs to it: so the dependence of a guide's sites is scored, whatever their order.
+    for group in structure.groups or (Group(structure.globals, ()),):
+        around = carried_along(group, structure.groups) + (structure.globals if group.plates else ())
+        names = tuple(name for name in (*around, *group.sites) if name not in discrete)
+        if names:
+            found[", ".join(names)] = (names, group.plates)
+    return found
+
+
+def _counted(
+    seen: Trace, names: tuple[str, ...], plates: tuple[Plate, ...], structure: Structure
+) -> Tensor | None:
+    """Rows that a mask leaves something of; None for all."""
+    if not plates:
+        return None
+    group = next(group for group in structure.groups if names[-1] in group.sites)
+    weights, _ = slices(seen, group)
+    return None if bool((weights > 0).all()) else weights > 0
+
+
+def _check_drawn(drawn: dict[str, Any], structure: Structure) -> None:
+    missing = [name for name in structure.latents if name not in drawn]
+    unknown = [name for name in drawn if name not in structure.latents]
+    if missing or unknown:
+        said = f"does not sample the latent sites {missing}" if missing else f"samples {unknown}"
+        raise ProgramError(
+            f"the guide {said}; the latents of the model are {sorted(structure.latents)}. Every one needs a sample statement of "
+            "the same name in the guide, and noise is marked by infer={'is_auxiliary': True}"
+        )
+    for name, (fn, _) in drawn.items():
+        if not getattr(fn, "has_rsample", False) and not _has_states(fn):
+            raise ProgramError(
+                f"guide site {name!r} is a {type(fn).__name__}, which is sampled without a gradient (has_rsample is False): use "
+                "Implicit or a reparametrised distribution"
+            )
+
+
+def _refuse_plain_globals(guide: LazyGuide, structure: Structure) -> None:
+    if isinstance(guide, AutoImplicit) and structure.globals:
+        raise ProgramError(
+            f"AutoImplicit gives the globals {list(structure.globals)} one law for all data, but this loss shows it many data sets: "
+            "use AutoPosterior(model), whose globals are read off the data"
+        )
+
+
+Draw = Callable[[], Pairs]
+SiteNodes = dict[str, Site]

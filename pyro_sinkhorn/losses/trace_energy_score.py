@@ -1,0 +1,237 @@
+r"""Wake and sleep with the energy score, as a loss for :class:`pyro.infer.SVI`: a guide that is the posterior."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from pyro.infer.util import torch_item
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from pyro_sinkhorn.distributions.implicit import Implicit
+from pyro_sinkhorn.errors import NonFiniteError, checked_integer
+from pyro_sinkhorn.guide.auto_posterior import AutoPosterior
+from pyro_sinkhorn.losses.base import SinkhornLoss, Terms, mean_terms
+from pyro_sinkhorn.losses.call import Call
+from pyro_sinkhorn.losses.latent_match import GroupMatch, LatentMatch
+from pyro_sinkhorn.losses.matching import MatchOptions
+from pyro_sinkhorn.losses.pairs import Pairs, Simulator
+from pyro_sinkhorn.losses.scoring import blame, check_supports, log_density, number_of_data, run_guide, run_scored
+from pyro_sinkhorn.losses.sleep import Sleeper
+from pyro_sinkhorn.structure import Structure, innermost, sample_sites, structure_of
+
+#: Data sets simulated a step where there are globals, and pairs where there are none.
+_DATA_SETS, _PAIRS = 64, 256
+
+
+class Trace_EnergyScore(SinkhornLoss):
+    r"""Amortised inference by a strictly proper scoring rule, beside learning: the guide becomes the posterior.
+
+    Two steps in one loss, whose parameters are disjoint.
+
+    *Sleep.* Data sets are simulated from the program, latents included; the guide sees the data and descends the energy
+    score of its draws against the latents that made them,
+
+    .. math::
+
+        \sum_{\text{blocks}} \frac{1}{c}\,\mathbb{E}_{p(z^*,x)}\Bigl[\mathbb{E}_q\|e(z)-e(z^*)\|^\beta
+        - \tfrac12\mathbb{E}_q\|e(z)-e(z')\|^\beta\Bigr], \qquad z, z' \sim q(\cdot\mid x),
+
+    with :math:`e` the embedding of the support (:mod:`pyro_sinkhorn.geometry`) and :math:`c` the score of the prior, so that
+    1 is a guide that knows nothing. It is least for :math:`q = p(z\mid x)` alone, and uses samples of the guide, the prior
+    and the simulator only. Latents of an :class:`~pyro_sinkhorn.AutoPosterior` are scored block by block given the truth of
+    those above them; other guides jointly with all that surrounds a datum. Discrete latents are scored over all states.
+
+    *Wake.* The program ascends :math:`\mathbb{E}_q \log p(x, z)` at the observed data, latents detached, over the sites
+    that have a density. Parameters of a prior without one learn by matching it to the aggregated posterior, as in
+    :class:`~pyro_sinkhorn.Trace_Sinkhorn`; an ``Implicit`` observation teaches its simulator nothing here
+    (:class:`~pyro_sinkhorn.Trace_DataSinkhorn` does).
+
+    Pure inference of a program that is fixed is ``wake=False``; :meth:`SinkhornProgram.calibrate
+    <pyro_sinkhorn.SinkhornProgram.calibrate>` is made of it.
+
+    A program with globals is simulated as whole data sets of the size of the data in the arguments: pass all data at each
+    call. Calls may differ in size; the guide then serves all sizes in between.
+
+    :param num_draws: guide draws of every pair; more reduce the variance of the gradient and cost guide passes only
+    :param beta: exponent of the distance, between 0 and 2; 1 by default. At 2 only means would count
+    :param wake: whether the program learns
+    :param num_simulations: data sets simulated a step; default 64 where there are globals, else as many as make 256 pairs
+    :param prior_weight: of the match of density-free priors, per datum
+    :param vectorize: simulate data sets side by side in a plate; None (default) checks whether the model allows it
+    :param num_particles: guide draws of the wake step
+    :param max_plate_nesting: as in Pyro; unused, since plates are counted at each call
+    :raises ProgramError: where model, guide and data do not fit together, naming the site
+    :raises NonFiniteError: at the first NaN or infinity, naming its source
+
+    References: Gneiting and Raftery 2007, *Strictly proper scoring rules*; Pacchiardi and Dutta 2022, *Likelihood-free
+    inference with generative neural networks via scoring rule minimization*; Hinton et al. 1995, *The wake-sleep algorithm*.
+
+    >>> import pyro, pyro.distributions as dist
+    >>> from pyro.infer import SVI
+    >>> from pyro_sinkhorn import AutoPosterior
+    >>> def model(x):
+    ...     with pyro.plate("data", len(x)):
+    ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    ...         pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+    >>> x = torch.randn(100)
+    >>> svi = SVI(model, AutoPosterior(model), pyro.optim.Adam({"lr": 1e-3}), loss=Trace_EnergyScore())
+    >>> isinstance(svi.step(x), float)
+    True
+    """
+
+    default_guide = AutoPosterior
+    makes_posterior = True
+    whole_data_sets = True
+
+    def __init__(
+        self,
+        num_draws: int = 8,
+        beta: float = 1.0,
+        wake: bool = True,
+        num_simulations: int | None = None,
+        prior_weight: float = 10.0,
+        vectorize: bool | None = None,
+        num_particles: int = 1,
+        max_plate_nesting: float = float("inf"),
+        retain_graph: bool | None = None,
+    ) -> None:
+        checked_integer("num_draws", num_draws, 2)
+        if num_simulations is not None:
+            checked_integer("num_simulations", num_simulations, 1)
+        if not 0 < beta < 2:
+            raise ValueError(
+                f"beta is {beta}: expected a number between 0 and 2, both excluded (at 2 only means would count)"
+            )
+        if not (prior_weight >= 0 and math.isfinite(prior_weight)):
+            raise ValueError(f"prior_weight is {prior_weight}: expected a number of at least 0")
+        super().__init__(LatentMatch(MatchOptions()), num_particles, False, max_plate_nesting, retain_graph)
+        self.num_draws, self.beta, self.wake = num_draws, beta, wake
+        self.num_simulations, self.prior_weight, self.vectorize = num_simulations, prior_weight, vectorize
+        self.sleeper = Sleeper(num_draws, beta)
+        self.simulator = Simulator(vectorize)
+        self._warned: set[str] = set()
+
+    def config(self) -> dict[str, Any]:
+        """Arguments that make an equal loss."""
+        return {
+            "num_draws": self.num_draws,
+            "beta": self.beta,
+            "wake": self.wake,
+            "num_simulations": self.num_simulations,
+            "prior_weight": self.prior_weight,
+            "vectorize": self.vectorize,
+            "num_particles": self.num_particles,
+            "max_plate_nesting": self._given_plate_nesting,
+            "retain_graph": self.retain_graph,
+        }
+
+    def fresh(self) -> Trace_EnergyScore:
+        """A copy that has seen no program."""
+        return type(self)(**self.config())
+
+    def state(self) -> dict[str, Any]:
+        """Units of the latents and scores of the prior, as tensors."""
+        return super().state() | {"sleep": dict(vars(self.sleeper.coordinates.state))}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from a :meth:`state`."""
+        super().load_state(state)
+        self.sleeper.coordinates.state.load(state.get("sleep", {}))
+
+    # One step.
+
+    def sleep(
+        self, model: Callable[..., Any], guide: Any, args: Any, kwargs: Any, pairs: Pairs | None = None
+    ) -> dict[str, Tensor]:
+        """Score of the guide on simulated pairs, block by block; 1 is the prior's.
+
+        :param pairs: simulated before; by default they are drawn
+        """
+        indices = None if pairs is None else pairs.indices
+        with torch.no_grad():
+            seen, structure, _ = self.simulator.look(model, args, kwargs, indices or {})
+        if pairs is None:
+            pairs = self.simulator(model, args, kwargs, self._number(structure))
+        return self.sleeper(guide, pairs, seen, structure, args, kwargs)
+
+    def _number(self, structure: Structure) -> int:
+        """Data sets to simulate."""
+        if self.num_simulations is not None:
+            return self.num_simulations
+        if structure.globals:
+            return _DATA_SETS
+        return max(1, math.ceil(_PAIRS / max(structure.data_plates[0].size, 1)))
+
+    def _particles(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Iterator[tuple[Tensor, Terms]]:
+        scores = self.sleep(model, guide, args, kwargs)
+        energy = torch.stack(list(scores.values())).mean()
+        if not self.wake:
+            yield energy, Terms(loss=torch_item(energy), energy=torch_item(energy))
+            return
+        awake = [self._wake(model, guide, args, kwargs) for _ in range(self.num_particles)]
+        n = len(awake)
+        n_data = awake[0][2]
+        loss = n_data * energy + sum(loss for loss, _, _ in awake) / n  # both are sums over data
+        terms = mean_terms([terms for _, terms, _ in awake])
+        terms.energy = torch_item(energy)
+        terms.loss = torch_item(loss) / n_data
+        yield loss, terms
+
+    def _wake(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Tensor, Terms, float]:
+        """The program's step at the observed data, latents detached; with the number of data."""
+        with torch.no_grad():
+            guide_trace = run_guide(guide, args, kwargs)
+        scored = run_scored(model, guide_trace, args, kwargs)
+        structure = structure_of(scored)
+        check_supports(scored, structure)
+        n_data = number_of_data(scored, structure)
+        without = {name for name, site in sample_sites(scored) if isinstance(innermost(site["fn"]), Implicit)}
+        self._warn_of_untaught(scored, structure, without)
+        names = {name for name, _ in sample_sites(scored)} - without
+        observed = {name for name in names if scored.nodes[name]["is_observed"]}
+        likelihood = log_density(scored, observed, "model")
+        log_p = likelihood + log_density(scored, names - observed, "model")
+        if not bool(log_p.detach().isfinite()):
+            raise blame(scored, guide_trace, structure) or NonFiniteError(
+                f"the log density of model and data is {float(log_p)} though data, latents and networks are finite"
+            )
+        matches = self._matches(model, args, kwargs, structure, scored, without)
+        loss = -log_p
+        for group in matches:
+            loss = loss + self.prior_weight * group.n_data * group.value
+        terms = Terms(
+            reconstruction=-torch_item(likelihood) / n_data if observed else math.nan,
+            match={group.name: torch_item(group.value) for group in matches},
+            total_match=sum(torch_item(group.value) * group.n_data for group in matches) / n_data,
+        )
+        return loss, terms, n_data
+
+    def _matches(
+        self, model: Any, args: Any, kwargs: Any, structure: Structure, scored: Trace, without: set[str]
+    ) -> list[GroupMatch]:
+        """Aggregated posterior against the priors that have no density, where these learn."""
+        if not (self.prior_weight and without & set(structure.locals)):
+            return []
+        call = Call(model, args, kwargs, structure, scored)
+        learns = any(call.prior().nodes[name]["value"].requires_grad for name in without & set(structure.locals))
+        return self.matcher(call) if learns else []
+
+    def _warn_of_untaught(self, scored: Trace, structure: Structure, without: set[str]) -> None:
+        for name in (*structure.data, *structure.globals):
+            fn = innermost(scored.nodes[name]["fn"])
+            if name in without and name not in self._warned and fn.value.requires_grad:
+                self._warned.add(name)
+                warnings.warn(
+                    f"site {name!r} is Implicit, with parameters that would learn, but it has no density to be scored by: here "
+                    "they stay as they are. Fit them by Trace_DataSinkhorn or Trace_JointSinkhorn, and calibrate() then",
+                    UserWarning,
+                    stacklevel=2,
+                )
+
+    def _one(self, model: Any, scored: Trace, guide: Trace, args: Any, kwargs: Any) -> tuple[Tensor, Terms]:
+        raise AssertionError("both steps are made in _particles")
