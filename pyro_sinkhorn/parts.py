@@ -38,7 +38,7 @@ def checked_parts(
             f"{type(loss).__name__} compares data and infers no latents, so there is nothing to encode: leave encoder= out"
         )
     if encoder is not None:
-        guide = functools.partial(AutoImplicit, encoder=encoder)
+        guide = functools.partial(getattr(loss, "default_guide", None) or AutoImplicit, encoder=encoder)
     for role, given in (("model", model), ("guide", no_guide if guide is None else guide)):
         if not callable(given) or isinstance(given, ELBO):  # which can be called, too
             raise ProgramError(f"the {role} is a {type(given).__name__}: expected a callable Pyro program")
@@ -48,7 +48,8 @@ def checked_parts(
 def guide_for(guide: Any, loss: Any, model: Callable[..., Any]) -> Any:
     """The guide given, or made of the class or partial given, or the default one of the loss."""
     if guide is None:
-        guide = AutoImplicit if needs_guide(loss) else no_guide
+        guide = getattr(loss, "default_guide", None) or AutoImplicit
+        guide = guide if needs_guide(loss) else no_guide
     return made_guide(guide, model)
 
 

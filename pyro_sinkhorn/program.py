@@ -5,19 +5,20 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from pyro.infer import ELBO
 from pyro.optim.optim import PyroOptim
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from pyro_sinkhorn import optimiser, snapshot, state
-from pyro_sinkhorn.diagnostics.matching import MatchReport, match_report
+from pyro_sinkhorn.calibration import Calibration, calibrate, posterior_guide_for, undone_on_error
 from pyro_sinkhorn.errors import checked_integer
 from pyro_sinkhorn.losses.base import SinkhornLoss
+from pyro_sinkhorn.losses.trace_energy_score import Trace_EnergyScore
 from pyro_sinkhorn.modules import (
     Owned,
     shared_copy,
@@ -25,14 +26,14 @@ from pyro_sinkhorn.modules import (
     training_mode,
 )
 from pyro_sinkhorn.parts import checked_parts, guide_for, loss_for
+from pyro_sinkhorn.queries import Queries
 from pyro_sinkhorn.reachable import find_modules
 from pyro_sinkhorn.recovery import explained_dtypes, unmade_on_error
 from pyro_sinkhorn.rng import RandomStream
-from pyro_sinkhorn.sampling import encoder_draws, program_draws
 from pyro_sinkhorn.training import Epoch, History, Minibatches, Trainer, as_tensor
 
 
-class SinkhornProgram:
+class SinkhornProgram(Queries):
     """A Pyro model together with the guide, the loss and the state that belong to it.
 
     The program owns copies of the modules that the model refers to (``program.modules``), a parameter store and a
@@ -103,6 +104,8 @@ class SinkhornProgram:
         self.epoch = Epoch()
         self.num_steps = 0
         self.device: torch.device | None = None
+        #: The posterior guide that :meth:`calibrate` trains, with its history.
+        self.calibration: Calibration | None = None
         return self
 
     @property
@@ -170,38 +173,74 @@ class SinkhornProgram:
                         self.history.show_last(bar)
         return self
 
-    def encode(
-        self, *args: Any, num_samples: int = 1, seed: int | None = None, **kwargs: Any
-    ) -> dict[str, Tensor]:
-        """Latents that the guide makes of data: ``{site: (num_samples, *plates, *event)}``, Predictive's shapes.
+    def calibrate(
+        self,
+        *args: Any,
+        num_steps: int = 2000,
+        num_simulations: int | None = None,
+        num_rounds: int = 1,
+        prior_share: float = 0.2,
+        sizes: tuple[int, int] | None = None,
+        lr: float = 1e-3,
+        guide: Any = None,
+        loss: Trace_EnergyScore | None = None,
+        seed: int | None = None,
+        progress: bool = True,
+        **kwargs: Any,
+    ) -> SinkhornProgram:
+        """Train a posterior guide on data simulated from the program, which stays as it is.
 
-        These are draws of the encoder, which matching the prior does not make a posterior.
+        The data give shapes and covariates; their values count only for ``num_rounds`` above 1. An encoder that ``fit``
+        has trained is the start of the posterior's. A second call goes on with the same guide.
+
+        :param num_steps: optimiser steps in all; the learning rate falls to 0 at the end of every round
+        :param num_simulations: simulate so many data (data sets, where there are globals) and go through them again and
+            again, for simulators that are expensive; a tenth is held out, and the state that is best there is kept.
+            Default: fresh ones at every step
+        :param num_rounds: above 1, later rounds simulate near the data given, see :mod:`pyro_sinkhorn.proposal`: the guide
+            then is sharper there, and as valid everywhere
+        :param prior_share: of simulations from the whole prior in later rounds; their weights are at most its inverse
+        :param sizes: smallest and largest number of data in a simulated data set, for programs with globals; by default that
+            of the data given
+        :param lr: learning rate
+        :param guide: the posterior guide, or a class or partial to be called with the model; default
+            :class:`~pyro_sinkhorn.AutoPosterior`
+        :param loss: default ``Trace_EnergyScore(wake=False)``
+        :returns: the program; its ``calibration`` holds the guide and its history
+        :raises ProgramError: model, guide and data do not fit together
+        :raises NonFiniteError: NaN or infinity; the guide keeps the state of the last good step
         """
         args, kwargs = self._inputs(args, kwargs)
-        with self._evaluating(seed, args, kwargs):
-            return encoder_draws(self.guide, num_samples, args, kwargs)
-
-    def generate(
-        self, num_samples: int, *args: Any, seed: int | None = None, **kwargs: Any
-    ) -> dict[str, Tensor]:
-        """Draws from the program with its learned parameters: ``{site: (num_samples, *plates, *event)}``.
-
-        The arguments give plate sizes and covariates; observed sites are sampled like all others.
-        """
-        args, kwargs = self._inputs(args, kwargs)
-        with self._evaluating(seed, args, kwargs):
-            return program_draws(self.model, num_samples, args, kwargs)
-
-    def diagnose(
-        self, *args: Any, num_floor: int = 20, seed: int | None = None, **kwargs: Any
-    ) -> MatchReport:
-        """Print and return a table: reconstruction, match of each group against its noise floor, encoder variance."""
-        args, kwargs = self._inputs(args, kwargs)
-        loss = self.loss if isinstance(self.loss, SinkhornLoss) else None
-        with self._evaluating(seed, args, kwargs):
-            report = match_report(self.model, self.guide, *args, loss=loss, num_floor=num_floor, **kwargs)
-        print(report)
-        return report
+        if seed is not None or self.stream is None:
+            self.stream = RandomStream(seed)
+        own = isinstance(self.loss, Trace_EnergyScore)
+        loss = loss or (self.loss if own else Trace_EnergyScore(wake=False))
+        before = self.calibration
+        if guide is not None or self.calibration is None:
+            made = self.guide if own and guide is None else posterior_guide_for(guide, self.model, self.guide)
+            self.calibration = Calibration(made, loss)
+        with (
+            self._guarded(args, kwargs),
+            self.stream.active(),
+            training_mode(self._all_modules(), training=False),
+            training_mode([self.calibration.guide], training=True),
+            self.active(),
+            undone_on_error(self, before),
+        ):
+            calibrate(
+                self.model,
+                self.calibration,
+                args,
+                kwargs,
+                num_steps=num_steps,
+                lr=lr,
+                num_simulations=num_simulations,
+                num_rounds=num_rounds,
+                prior_share=prior_share,
+                sizes=sizes,
+                progress=progress,
+            )
+        return self
 
     def to(self, device: torch.device | str) -> SinkhornProgram:
         """Move modules, parameters and the data of later calls to a device."""
@@ -286,7 +325,9 @@ class SinkhornProgram:
             self.pending_optim = {}
 
     def _all_modules(self) -> list[nn.Module]:
-        return [*self.owned.copies.values(), *([self.guide] if isinstance(self.guide, nn.Module) else [])]
+        calibrated = [] if self.calibration is None else [self.calibration.guide]
+        found = [*self.owned.copies.values(), self.guide, *calibrated]
+        return [module for module in dict.fromkeys(found) if isinstance(module, nn.Module)]
 
     def _inputs(
         self, args: Any, kwargs: Any, device: torch.device | str | None = None
@@ -303,36 +344,3 @@ class SinkhornProgram:
         modules |= self.loss.modules() if isinstance(self.loss, SinkhornLoss) else {}
         with unmade_on_error(self), explained_dtypes(modules, args, kwargs):
             yield
-
-    @contextmanager
-    def _evaluating(self, seed: int | None, args: Any, kwargs: Any) -> Iterator[None]:
-        with ExitStack() as stack:
-            stack.enter_context(self._guarded(args, kwargs))
-            if seed is not None:
-                stack.enter_context(RandomStream(seed).active())
-            # Before the modules are lent, so that the originals borrow the mode as well.
-            stack.enter_context(training_mode(self._all_modules(), training=False))
-            stack.enter_context(self.active())
-            stack.enter_context(torch.no_grad())
-            snapshot.wake_guide(self, args, kwargs)
-            yield
-
-
-def sinkhorn_infer(model: Callable[..., Any] | None = None, **options: Any) -> Any:
-    """Make a :class:`SinkhornProgram` of a model in place; adds nothing to the class.
-
-    :param options: arguments of :class:`SinkhornProgram`
-
-    >>> import pyro, pyro.distributions as dist
-    >>> from pyro_sinkhorn import Trace_Sinkhorn
-    >>> @sinkhorn_infer(loss=Trace_Sinkhorn(prior_weight=30.0))
-    ... def program(x):
-    ...     with pyro.plate("data", len(x)):
-    ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-    ...         pyro.sample("x", dist.Normal(z, 0.1), obs=x)
-    >>> program
-    SinkhornProgram(program, AutoImplicit, Trace_Sinkhorn, 0 steps)
-    """
-    if model is None:
-        return lambda function: SinkhornProgram(function, **options)
-    return SinkhornProgram(model, **options)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
+import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
@@ -15,8 +17,11 @@ from torch import Tensor
 
 from pyro_sinkhorn.errors import NonFiniteError, ProgramError, checked_integer
 from pyro_sinkhorn.explain import bad_rows, explained, spoken, tensors_of
+from pyro_sinkhorn.guide.lazy import LazyGuide
+from pyro_sinkhorn.losses.pairs import vectorises
 from pyro_sinkhorn.losses.scoring import run_guide
-from pyro_sinkhorn.structure import is_data, is_latent, sample_sites
+from pyro_sinkhorn.runs import run_model
+from pyro_sinkhorn.structure import is_data, is_latent, nesting_of, sample_sites, structure_of
 
 
 def encoder_draws(guide: Callable[..., Any], num_samples: Any, args: Any, kwargs: Any) -> dict[str, Tensor]:
@@ -46,6 +51,33 @@ def encoder_draws(guide: Callable[..., Any], num_samples: Any, args: Any, kwargs
     return stacked
 
 
+#: Rows that a guide makes at once, at most.
+_ROWS_AT_ONCE = 200_000
+
+
+def posterior_draws(
+    model: Callable[..., Any], guide: Any, num_samples: Any, args: Any, kwargs: Any
+) -> dict[str, Tensor]:
+    """As :func:`encoder_draws`; many at once, where model and guide allow it."""
+    num_samples = checked_integer("num_samples", num_samples, 1)
+    if not isinstance(guide, LazyGuide):
+        return encoder_draws(guide, num_samples, args, kwargs)
+    encoder_draws(guide, 1, args, kwargs)  # errors are said here
+    seen = run_model(model, args, kwargs)
+    nesting = nesting_of(seen)
+    if not vectorises(model, args, kwargs, {}, nesting):
+        return encoder_draws(guide, num_samples, args, kwargs)
+    rows = math.prod(plate.size for plate in structure_of(seen).data_plates)
+    parts, left = [], num_samples
+    while left > 0:
+        size = min(left, max(_ROWS_AT_ONCE // max(rows, 1), 1))
+        with pyro.plate("posterior_draws", size, dim=-(nesting + 1)):
+            trace = run_guide(guide, args, kwargs)
+        parts.append(_latents(trace, size))
+        left -= size
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
 def program_draws(model: Callable[..., Any], num_samples: Any, args: Any, kwargs: Any) -> dict[str, Tensor]:
     """All sites by name, ``(num_samples, *plates, *event)``, observed ones sampled like the others."""
     num_samples = checked_integer("num_samples", num_samples, 1)
@@ -62,11 +94,23 @@ class _FreeData(UnconditionMessenger):
             super()._pyro_sample(msg)
 
 
-def _latents(trace: Trace) -> dict[str, Tensor]:
+def _latents(trace: Trace, num: int | None = None) -> dict[str, Tensor]:
+    """Values of latents, padded to one number of batch dimensions.
+
+    :param num: size of a plate of draws, which then comes first
+    """
     sites = dict(sample_sites(trace))
-    plates = [frame.dim for site in sites.values() for frame in site["cond_indep_stack"] if frame.vectorized]
-    nesting = -min(plates, default=0)
+    frames = [frame for site in sites.values() for frame in site["cond_indep_stack"] if frame.vectorized]
+    nesting = -min((frame.dim for frame in frames if frame.name != "posterior_draws"), default=0)
     latents = {name: site for name, site in sites.items() if is_latent(site)}
+    if num is not None:
+        found = {}
+        for name, site in latents.items():
+            value, event = site["value"], tuple(site["fn"].event_shape)
+            batch = value.shape[1 : value.dim() - len(event)]
+            # Of the model's dimensions those stay that the guide's plates take.
+            found[name] = value.reshape(num, *batch[len(batch) - nesting :], *event)
+        return found
     return {
         # A site outside of plates gets their dimensions, of size 1, so that it broadcasts with sites inside.
         name: site["value"].reshape((1,) * (nesting - len(site["fn"].batch_shape)) + site["value"].shape)

@@ -15,9 +15,10 @@ from pyro.infer.autoguide import AutoGuide
 from pyro.nn import PyroModule, PyroParam
 from torch import nn
 
-from pyro_sinkhorn import optimiser, state
+from pyro_sinkhorn import calibration, optimiser, state
 from pyro_sinkhorn.losses.base import SinkhornLoss
 from pyro_sinkhorn.losses.trace_data_sinkhorn import Trace_DataSinkhorn
+from pyro_sinkhorn.losses.trace_energy_score import Trace_EnergyScore
 from pyro_sinkhorn.losses.trace_enum_sinkhorn import TraceEnum_Sinkhorn
 from pyro_sinkhorn.losses.trace_sinkhorn import Trace_Sinkhorn
 from pyro_sinkhorn.modules import Owned, shared_copy
@@ -28,6 +29,7 @@ from pyro_sinkhorn.training import Epoch, History
 class Fitted(Protocol):
     """What of a :class:`~pyro_sinkhorn.SinkhornProgram` is learned or advances with training."""
 
+    model: Any
     guide: Any
     pending_guide: dict[str, Any] | None
     loss: Any
@@ -38,13 +40,16 @@ class Fitted(Protocol):
     history: History
     epoch: Epoch
     num_steps: int
+    calibration: Any
 
 
 def take(program: Fitted) -> dict[str, Any]:
     """Everything a program has learned, as tensors, numbers, strings and constraints."""
+    calibrated = None if program.calibration is None else program.calibration.guide
     modules = [
-        *program.owned.copies.values(),
-        *([program.guide] if isinstance(program.guide, nn.Module) else []),
+        module
+        for module in (*program.owned.copies.values(), program.guide, calibrated)
+        if isinstance(module, nn.Module)
     ]
     held = {id(parameter) for module in modules for parameter in module.parameters()}
     with program.owned.active():
@@ -75,6 +80,8 @@ def take(program: Fitted) -> dict[str, Any]:
         own = sorted(name for name, value in config.items() if _is_code(value))  # code is not saved
         config |= dict.fromkeys(own)
         saved["loss"] |= {"config": config, "own": own} | program.loss.state()
+    if program.calibration is not None:
+        saved["calibration"] = calibration.state_of(program.calibration, program.guide)
     return state.detached(saved)
 
 
@@ -115,6 +122,11 @@ def restore(program: Fitted, saved: dict[str, Any]) -> None:
         program.stream = RandomStream(0)
         program.stream.restore(saved["stream"])
     program.history = History(**{name: values.tolist() for name, values in saved["history"].items()})
+    program.calibration = None
+    if "calibration" in saved:
+        program.calibration = calibration.restored(
+            saved["calibration"], program.model, program.guide, program.loss
+        )
     program.num_steps, program.epoch = saved["num_steps"], Epoch(**saved["epoch"])
     if isinstance(program.loss, SinkhornLoss):
         try:
@@ -158,7 +170,7 @@ def _make_lazy_parameters(module: nn.Module) -> None:
 
 #: Losses that a file can describe.
 _LOSSES: dict[str, type[SinkhornLoss]] = {
-    cls.__name__: cls for cls in (Trace_Sinkhorn, TraceEnum_Sinkhorn, Trace_DataSinkhorn)
+    cls.__name__: cls for cls in (Trace_Sinkhorn, TraceEnum_Sinkhorn, Trace_DataSinkhorn, Trace_EnergyScore)
 }
 
 

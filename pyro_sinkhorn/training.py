@@ -125,7 +125,7 @@ class Minibatches:
     def draw(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The next minibatch."""
         if self.replace:
-            return self._pick(torch.randint(self.n, (self.batch_size,)))
+            return self.pick(torch.randint(self.n, (self.batch_size,)))
         if self.whole:
             return self.args, self.kwargs
         order = self.epoch.order
@@ -140,9 +140,10 @@ class Minibatches:
 
     def at(self, index: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The data at these positions."""
-        return (self.args, self.kwargs) if self.whole else self._pick(index)
+        return (self.args, self.kwargs) if self.whole else self.pick(index)
 
-    def _pick(self, index: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def pick(self, index: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The data at these positions, whatever the batch size."""
         return (
             tuple(self._slice(value, index) for value in self.args),
             {name: self._slice(value, index) for name, value in self.kwargs.items()},
@@ -184,6 +185,20 @@ def data_scale(model: Callable[..., Any], batches: Minibatches) -> DataScale | N
         and not site["infer"].get("_deterministic")
     ]
     return DataScale(plates, batches.n / batches.batch_size) if outside else None
+
+
+def follows_batch(model: Callable[..., Any], batches: Minibatches) -> bool:
+    """Whether rows of the arguments are slices of a data plate, which is as long as they are."""
+    sizes = []
+    try:
+        for n in (batches.n, batches.n + 1):
+            args, kwargs = batches.pick(torch.arange(n) % batches.n)
+            with undisturbed():
+                structure = structure_of(run_model(model, args, kwargs))
+            sizes.append({p.name: p.size for p in structure.data_plates if p.size == p.full_size})
+    except (RuntimeError, ValueError, IndexError):
+        return False  # the model knows how many data it has
+    return any(size == batches.n and sizes[1].get(name) == batches.n + 1 for name, size in sizes[0].items())
 
 
 def _may_replace(model: Callable[..., Any], batches: Minibatches) -> bool:

@@ -13,13 +13,22 @@ from torch import Tensor, nn
 
 from pyro_sinkhorn.errors import ProgramError
 from pyro_sinkhorn.explain import Path
-from pyro_sinkhorn.geometry.registry import base_support, geometry_of
-from pyro_sinkhorn.guide.encoder import DefaultEncoder, Standardise, check_device
+from pyro_sinkhorn.geometry.registry import geometry_of
+from pyro_sinkhorn.guide.auto_implicit import AutoImplicit
+from pyro_sinkhorn.guide.encoder import Standardise, check_device
 from pyro_sinkhorn.guide.layout import columns_along
 from pyro_sinkhorn.guide.lazy import LazyGuide
 from pyro_sinkhorn.guide.make import make_group
 from pyro_sinkhorn.guide.observed import Observed, Readings, find_observed, read_observed
 from pyro_sinkhorn.guide.posterior_networks import ResidualHead, SetEncoder
+from pyro_sinkhorn.guide.posterior_start import (
+    check_subsampling,
+    check_supports,
+    factors,
+    find_relative,
+    make_reader,
+    simulations,
+)
 from pyro_sinkhorn.guide.produce import Produced, Recipe, joined
 from pyro_sinkhorn.guide.reading import (
     Covariates,
@@ -29,15 +38,9 @@ from pyro_sinkhorn.guide.reading import (
     read_covariates,
     resized,
 )
-from pyro_sinkhorn.guide.start import has_start, stands_alone
 from pyro_sinkhorn.guide.states import key_of
-from pyro_sinkhorn.runs import Resample, check_appeared, run_model, subsamples
+from pyro_sinkhorn.runs import check_appeared, run_model, subsamples
 from pyro_sinkhorn.structure import Group, Plate, Structure, nesting_of, plates_of, structure_of
-
-#: Rows of simulations that networks are started from, and runs made for them, at most.
-_START_ROWS, _START_RUNS = 512, 128
-#: Observed numbers a slice from which on they pass a perceptron first.
-_WIDE = 64
 
 
 class AutoPosterior(LazyGuide):
@@ -105,12 +108,17 @@ class AutoPosterior(LazyGuide):
         self._covariates: Covariates = covariates
         self._covariate_paths: list[Path] = []
         self._noise_dim, self._hidden, self._depth = noise_dim, hidden, depth
+        self._fitted: tuple[AutoImplicit, ...] = ()
         self._make_empty()
         self._observed: list[Observed] = []
         #: Values of the observed sites that the last call read, for the loss to check against the model's.
         self.last_inputs: dict[str, Tensor] = {}
         #: Sites produced relative to their prior's moments.
         self.relative: frozenset[str] = frozenset()
+
+    def start_from(self, fitted: AutoImplicit) -> None:
+        """Start the perceptrons that read wide data from those of a guide that was fitted, where they are alike."""
+        self._fitted = (fitted,)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample every latent; returns them by name."""
@@ -135,8 +143,8 @@ class AutoPosterior(LazyGuide):
             for plate in plates.values()
         }
         done = Produced()
-        for i, block in enumerate(_factors(structure)):
-            if i and shown is None:
+        for i, block in enumerate(factors(structure)):
+            if i and (shown is None or shown.moments is None):
                 # Again, below the latents of this call: what is left is produced relative to its prior.
                 prior = run_model(
                     self.model, args, kwargs, values=done.values | indices, stop_after=structure.latents
@@ -153,7 +161,7 @@ class AutoPosterior(LazyGuide):
         """Sites that are produced together, in the order of production; a discrete site is a block of its own."""
         assert self._structure is not None
         found: list[tuple[str, ...]] = []
-        for block in _factors(self._structure):
+        for block in factors(self._structure):
             found += [(name,) for name in block.sites if name in self._discrete]
             rest = tuple(name for name in block.sites if name not in self._discrete)
             found += [rest] if rest else []
@@ -170,7 +178,7 @@ class AutoPosterior(LazyGuide):
             self.relative,
             temperature=0.5,
             below_globals=False,
-            known_moments={} if self._shown is None else self._shown.moments,
+            known_moments=(self._shown and self._shown.moments) or {},
         )
 
     # What is read.
@@ -248,52 +256,25 @@ class AutoPosterior(LazyGuide):
         structure = structure_of(whole)
         if not structure.latents:
             raise ProgramError("the model has no latent site to guide: all its sample sites are observed")
-        _check_subsampling(structure)
+        check_subsampling(structure)
         indices = subsamples(whole)
         self._nesting = nesting_of(whole)
         self._observed = find_observed(whole, structure, args, kwargs, indices)
         self._covariate_paths = find_covariates(self._covariates, self._observed, args, kwargs)
-        draws = self._simulations(structure, args, kwargs, indices)
-        self.relative = self._find_relative(structure, draws, args, kwargs)
-        _check_supports(structure, draws)
+        draws = simulations(self.model, structure, args, kwargs, indices)
+        self.relative = find_relative(self.model, structure, draws, args, kwargs)
+        check_supports(structure, draws)
         present = read_observed(self._observed, args, kwargs, indices, lambda: whole).present
         readings = []
         for draw in draws:
             values = Readings({site.name: draw.nodes[site.name]["value"] for site in self._observed}, present)
             readings.append(self._reading(values, (), indices, args, kwargs))
         done = Produced()
-        for block in _factors(structure):
+        for block in factors(structure):
             self._make_factor(block, structure, draws, readings, done)
         self._structure = structure
         self.train(self.training)
         self._take_pending()
-
-    def _simulations(
-        self, structure: Structure, args: Any, kwargs: Any, indices: dict[str, Tensor]
-    ) -> list[Trace]:
-        """Simulated data sets, enough to know the scale of everything in them."""
-        slices = min([block.plates[0].size for block in structure.groups] if not structure.globals else [1])
-        runs = min(max(-(-_START_ROWS // max(slices, 1)), 15), _START_RUNS)
-        draws = [run_model(Resample()(self.model), args, kwargs, values=indices) for _ in range(runs)]
-        for draw in draws:
-            check_appeared(draw, structure.latents, known=structure.data)
-        return draws
-
-    def _find_relative(
-        self, structure: Structure, draws: list[Trace], args: Any, kwargs: Any
-    ) -> frozenset[str]:
-        """Local sites on the line whose prior the latents above tell."""
-        above = {name: draws[0].nodes[name]["value"] for name in structure.globals} | subsamples(draws[0])
-        found = set()
-        for group in structure.groups:
-            again = run_model(self.model, args, kwargs, values=above, stop_after=structure.latents)
-            for name in group.sites:
-                fn = again.nodes[name]["fn"]
-                discrete = getattr(fn.support, "is_discrete", False)
-                if not discrete and stands_alone(draws[0], again, name) and has_start(fn, name):
-                    found.add(name)
-            above |= {name: draws[0].nodes[name]["value"] for name in group.sites}
-        return frozenset(found)
 
     def _make_factor(
         self,
@@ -311,7 +292,9 @@ class AutoPosterior(LazyGuide):
             "device": place.device,
             "dtype": place.dtype if place.is_floating_point() else torch.get_default_dtype(),
         }
-        self.readers.append(self._make_reader(block, readings).to(**factory))
+        self.readers.append(
+            make_reader(block, readings, self._hidden, self.encoder is not None, self._fitted).to(**factory)
+        )
         i = len(self.readers) - 1
         context = self._read(i, readings[0], block.plates)
         seen = [
@@ -344,54 +327,3 @@ class AutoPosterior(LazyGuide):
         self.heads.append(head)
         self._noise_dims.append(noise_dim)
         done.values |= {name: draws[0].nodes[name]["value"] for name in block.sites}
-
-    def _make_reader(self, block: Group, readings: list[Reading]) -> nn.Module:
-        def pooled(plates: tuple[Plate, ...]) -> Tensor:
-            return torch.cat([reading.rows(plates).flatten(0, -2) for reading in readings])
-
-        if not block.plates:
-            encoders = nn.ModuleList()
-            for stack in readings[0].stacks():
-                rows = pooled(stack)
-                encoder = SetEncoder(rows.shape[-1], len(stack), self._hidden).to(rows)
-                encoder.standardise.fit(rows)
-                encoders.append(encoder)
-            return encoders
-        rows = pooled(block.plates)
-        if rows.shape[-1] <= _WIDE or self.encoder is not None:
-            reader = Standardise(rows.shape[-1]).to(rows)
-            reader.fit(rows)
-            return reader
-        wide = DefaultEncoder(rows.shape[-1]).to(rows)
-        wide.standardise.fit(rows)
-        return wide
-
-
-def _factors(structure: Structure) -> list[Group]:
-    """Globals, if there are any, and then the groups of local latents, coarse ones first."""
-    return [*([Group(structure.globals, ())] if structure.globals else []), *structure.groups]
-
-
-def _check_subsampling(structure: Structure) -> None:
-    for plate in structure.data_plates:
-        if structure.globals and plate.size != plate.full_size:
-            raise ProgramError(
-                f"plate {plate.name!r} sub-samples {plate.size} of {plate.full_size}, but the posterior of the globals "
-                f"{list(structure.globals)} depends on all data: call the model with the whole data set and no sub-sample"
-            )
-
-
-def _check_supports(structure: Structure, draws: list[Trace]) -> None:
-    """Bounds of a support may vary along plates, with covariates, but not with other latents."""
-    for name in structure.latents:
-        bounds = []
-        for draw in draws[:2]:
-            support = base_support(draw.nodes[name]["fn"])
-            held = [getattr(support, bound, 0.0) for bound in ("lower_bound", "upper_bound")]
-            bounds.append([torch.as_tensor(value) for value in held])
-        if any(not torch.equal(a, b) for a, b in zip(*bounds, strict=True)):
-            raise ProgramError(
-                f"latent site {name!r}: the bounds of its support, {draws[0].nodes[name]['fn'].support}, depend on other "
-                "latents, so no head can be made for it. Draw it from fixed bounds and rescale: for Uniform(0, b), "
-                "u = pyro.sample('u', Uniform(0, 1)) and z = b * u"
-            )

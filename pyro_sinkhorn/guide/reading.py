@@ -174,7 +174,7 @@ def encoded(
             tuple(read.shape) if isinstance(read, Tensor) else {n: tuple(v.shape) for n, v in read.items()}
         )
         raise ProgramError(
-            f"the encoder returned {got} for values of shape {shape}: expected ({torch.Size(sizes).numel()}, width), one code for "
-            f"each slice of plate {outer.name!r}"
+            f"the encoder returned {got} for values of shape {shape}: expected ({torch.Size(sizes).numel()}, width), one code "
+            f"for each slice of plate {outer.name!r}"
         )
     return code.reshape(*plate_shape(around), -1)

@@ -29,13 +29,14 @@ class Shown:
     readings:  values of the observed sites, with the masks of the observed data
     plate:     of the data sets, left of all plates of the model
     indices:   sub-samples of the model's plates, common to all data sets
-    moments:   mean and standard deviation of priors on the line given their parents, by site: ``(P, *batch, numel)``
+    moments:   mean and standard deviation of priors on the line given their parents, by site: ``(P, *batch, numel)``;
+               None where the guide goes on with what it drew itself, which gives them by a run of the model
     """
 
     readings: Readings
     plate: Plate
     indices: Mapping[str, Tensor] = field(default_factory=dict)
-    moments: Mapping[str, Moments] = field(default_factory=dict)
+    moments: Mapping[str, Moments] | None = None
 
 
 @contextmanager

@@ -114,7 +114,9 @@ class ScoringCoordinates:
         if not relative and name in self.state.units:
             centre = self.state.units.get(f"centre of {name}")
             laid_out = laid_out if centre is None else laid_out - centre.to(laid_out)
-            laid_out = geometry.finish(laid_out / self.state.units[name].to(laid_out), heavy=centre is not None)
+            laid_out = geometry.finish(
+                laid_out / self.state.units[name].to(laid_out), heavy=centre is not None
+            )
         return laid_out
 
     @torch.no_grad()
@@ -133,7 +135,9 @@ class ScoringCoordinates:
             for name in names:
                 if name in relative or name in self.state.units:
                     continue
-                pooled = self.columns(name, nodes[name], pairs.values[name], plates, pairs, False).flatten(0, 1)
+                pooled = self.columns(name, nodes[name], pairs.values[name], plates, pairs, False).flatten(
+                    0, 1
+                )
                 geometry = geometry_of(nodes[name]["fn"], name)
                 unit, centre = geometry.unit(pooled), geometry.tails(pooled)
                 self.state.units[name] = unit

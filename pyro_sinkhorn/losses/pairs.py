@@ -35,7 +35,7 @@ class Pairs:
     event_dims: of these
     moments:  mean and standard deviation of priors on the line given their parents, ``(P, *batch, numel)``
     indices:  sub-samples, common to all
-    weights:  of the data sets where they were not drawn from the prior, ``(P,)``, of mean about 1
+    weights:  where they were not drawn from the prior: of the data sets, ``(P,)``, or of their outermost rows, ``(P, n)``
     """
 
     values: Mapping[str, Tensor]
@@ -121,7 +121,9 @@ class Simulator:
         else:
             each = []
             for i in range(num):
-                own = {name: value[i] for name, value in fixed.items()}
+                own = {
+                    name: value[i].reshape(seen.nodes[name]["value"].shape) for name, value in fixed.items()
+                }
                 each.append(run_model(free, args, kwargs, values=own | shared, stop_after=stop_after))
             names = [name for name, _ in sample_sites(each[0])]
             nodes = {
@@ -224,7 +226,7 @@ def substituted(
     :param paths: where each observed site's values are among the arguments
     :raises ProgramError: for a site they are not, so that a guide that reads arguments could not be shown others
     """
-    args, kwargs = list(args), dict(kwargs)  # type: ignore[assignment]
+    args, kwargs = list(args), dict(kwargs)
     for name, path in paths.items():
         if path is None or len(path) != 1:
             raise ProgramError(

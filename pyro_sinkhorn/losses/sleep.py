@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -23,7 +22,7 @@ from pyro_sinkhorn.losses.clouds import slices
 from pyro_sinkhorn.losses.energy import ScoringCoordinates, energy_score, expected_energy_score
 from pyro_sinkhorn.losses.pairs import Pairs, substituted
 from pyro_sinkhorn.losses.scoring import run_guide
-from pyro_sinkhorn.structure import Group, Plate, Site, Structure, carried_along, is_latent, sample_sites
+from pyro_sinkhorn.structure import Group, Plate, Structure, carried_along, is_latent, sample_sites
 
 #: Name of the plate of a guide's draws.
 DRAWS = "guide_draws"
@@ -79,23 +78,21 @@ class Sleeper:
         scores = {}
         for key, (names, plates) in blocks.items():
             counted = _counted(seen, names, plates, structure)
-            columns = functools.partial(self._columns, pairs=pairs, nodes=nodes, plates=plates, relative=relative)
+            columns = functools.partial(
+                self._columns, pairs=pairs, nodes=nodes, plates=plates, relative=relative
+            )
             at_truth = torch.cat([columns(name, truth[name]) for name in names], -1)
             fn = drawn[names[0]][0]
             if len(names) == 1 and _has_states(fn):
                 score = self._score_states(names[0], fn, at_truth, pairs, nodes, plates)
             else:
                 joint = torch.cat([columns(name, drawn[name][1]) for name in names], -1)
-                score = energy_score(
-                    joint.reshape(self.num_draws, -1, *joint.shape[1:]), at_truth, self.beta
-                )
-            if counted is not None:
-                score = score[:, counted]
-            score = score.mean(-1) if score.shape[-1] else score.sum(-1)
-            weights = None if pairs.weights is None else pairs.weights.to(score)
-            score = score.mean() if weights is None else (score * weights).mean()
+                score = energy_score(joint.reshape(self.num_draws, -1, *joint.shape[1:]), at_truth, self.beta)
+            score = _averaged(score, pairs.weights, counted)
             if not bool(score.detach().isfinite()):
-                raise NonFiniteError(f"latents ({key}): the energy score of the guide's draws is {float(score)}")
+                raise NonFiniteError(
+                    f"latents ({key}): the energy score of the guide's draws is {float(score)}"
+                )
             scores[key] = score / self.coordinates.state.mean_costs[key].to(score)
         return scores
 
@@ -219,8 +216,8 @@ def _stacked(
         value = torch.stack([torch.stack([packed(one[name][1]) for one in draws]) for draws in by_set], 1)
         if _has_states(fn):
             raise ProgramError(
-                f"guide site {name!r} is a {type(fn).__name__} with states: a guide written by hand is scored by its draws, which "
-                "carry no gradient to their probabilities. Use AutoPosterior or AutoImplicit, which are scored over all states"
+                f"guide site {name!r} is a {type(fn).__name__} with states: a guide written by hand is scored by its draws, "
+                "which carry no gradient to their probabilities. Use AutoPosterior or AutoImplicit, scored over all states"
             )
         found[name] = (fn, value)
     return found
@@ -257,30 +254,40 @@ def _counted(
     return None if bool((weights > 0).all()) else weights > 0
 
 
+def _averaged(score: Tensor, weights: Tensor | None, counted: Tensor | None) -> Tensor:
+    """Mean of scores ``(P, n)``, weighted where simulations were not drawn from the prior.
+
+    :param weights: of data sets, ``(P,)``, or of their outermost rows, ``(P, m)``
+    """
+    if weights is not None:
+        weights = weights.to(score)
+        weights = weights.unsqueeze(-1) if weights.dim() == 1 else weights
+        score = score * weights.repeat_interleave(score.shape[-1] // weights.shape[-1], -1)
+    if counted is not None:
+        score = score[:, counted]
+    return score.mean() if score.numel() else score.sum()
+
+
 def _check_drawn(drawn: dict[str, Any], structure: Structure) -> None:
     missing = [name for name in structure.latents if name not in drawn]
     unknown = [name for name in drawn if name not in structure.latents]
     if missing or unknown:
         said = f"does not sample the latent sites {missing}" if missing else f"samples {unknown}"
         raise ProgramError(
-            f"the guide {said}; the latents of the model are {sorted(structure.latents)}. Every one needs a sample statement of "
-            "the same name in the guide, and noise is marked by infer={'is_auxiliary': True}"
+            f"the guide {said}; the latents of the model are {sorted(structure.latents)}. Every one needs a sample statement "
+            "of the same name in the guide, and noise is marked by infer={'is_auxiliary': True}"
         )
     for name, (fn, _) in drawn.items():
         if not getattr(fn, "has_rsample", False) and not _has_states(fn):
             raise ProgramError(
-                f"guide site {name!r} is a {type(fn).__name__}, which is sampled without a gradient (has_rsample is False): use "
-                "Implicit or a reparametrised distribution"
+                f"guide site {name!r} is a {type(fn).__name__}, which is sampled without a gradient (has_rsample is False): "
+                "use Implicit or a reparametrised distribution"
             )
 
 
 def _refuse_plain_globals(guide: LazyGuide, structure: Structure) -> None:
     if isinstance(guide, AutoImplicit) and structure.globals:
         raise ProgramError(
-            f"AutoImplicit gives the globals {list(structure.globals)} one law for all data, but this loss shows it many data sets: "
-            "use AutoPosterior(model), whose globals are read off the data"
+            f"AutoImplicit gives the globals {list(structure.globals)} one law for all data, but this loss shows it many "
+            "data sets: use AutoPosterior(model), whose globals are read off the data"
         )
-
-
-Draw = Callable[[], Pairs]
-SiteNodes = dict[str, Site]

@@ -20,7 +20,14 @@ from pyro_sinkhorn.losses.call import Call
 from pyro_sinkhorn.losses.latent_match import GroupMatch, LatentMatch
 from pyro_sinkhorn.losses.matching import MatchOptions
 from pyro_sinkhorn.losses.pairs import Pairs, Simulator
-from pyro_sinkhorn.losses.scoring import blame, check_supports, log_density, number_of_data, run_guide, run_scored
+from pyro_sinkhorn.losses.scoring import (
+    blame,
+    check_supports,
+    log_density,
+    number_of_data,
+    run_guide,
+    run_scored,
+)
 from pyro_sinkhorn.losses.sleep import Sleeper
 from pyro_sinkhorn.structure import Structure, innermost, sample_sites, structure_of
 
@@ -156,11 +163,11 @@ class Trace_EnergyScore(SinkhornLoss):
         with torch.no_grad():
             seen, structure, _ = self.simulator.look(model, args, kwargs, indices or {})
         if pairs is None:
-            pairs = self.simulator(model, args, kwargs, self._number(structure))
+            pairs = self.simulator(model, args, kwargs, self.number_of_data_sets(structure))
         return self.sleeper(guide, pairs, seen, structure, args, kwargs)
 
-    def _number(self, structure: Structure) -> int:
-        """Data sets to simulate."""
+    def number_of_data_sets(self, structure: Structure) -> int:
+        """Data sets to simulate a step."""
         if self.num_simulations is not None:
             return self.num_simulations
         if structure.globals:
@@ -218,7 +225,9 @@ class Trace_EnergyScore(SinkhornLoss):
         if not (self.prior_weight and without & set(structure.locals)):
             return []
         call = Call(model, args, kwargs, structure, scored)
-        learns = any(call.prior().nodes[name]["value"].requires_grad for name in without & set(structure.locals))
+        learns = any(
+            call.prior().nodes[name]["value"].requires_grad for name in without & set(structure.locals)
+        )
         return self.matcher(call) if learns else []
 
     def _warn_of_untaught(self, scored: Trace, structure: Structure, without: set[str]) -> None:

@@ -1,0 +1,121 @@
+"""What a program can be asked: its methods that learn nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from pyro_sinkhorn import snapshot
+from pyro_sinkhorn.calibration import Calibration
+from pyro_sinkhorn.diagnostics.matching import MatchReport, match_report
+from pyro_sinkhorn.diagnostics.simulated_range import warn_of_range
+from pyro_sinkhorn.errors import ProgramError
+from pyro_sinkhorn.losses.base import SinkhornLoss
+from pyro_sinkhorn.modules import training_mode
+from pyro_sinkhorn.rng import RandomStream
+from pyro_sinkhorn.sampling import encoder_draws, posterior_draws, program_draws
+
+
+class Queries:
+    """Methods of :class:`~pyro_sinkhorn.SinkhornProgram` that leave it as it is."""
+
+    model: Any
+    guide: Any
+    loss: Any
+    num_steps: int
+    calibration: Calibration | None
+    _inputs: Any
+    _guarded: Any
+    _all_modules: Any
+    active: Any
+
+    def encode(
+        self, *args: Any, num_samples: int = 1, seed: int | None = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Latents that the guide makes of data: ``{site: (num_samples, *plates, *event)}``, Predictive's shapes.
+
+        These are draws of the encoder, which matching the prior does not make a posterior.
+        """
+        args, kwargs = self._inputs(args, kwargs)
+        with self._evaluating(seed, args, kwargs):
+            return encoder_draws(self.guide, num_samples, args, kwargs)
+
+    @property
+    def has_posterior(self) -> bool:
+        """Whether :meth:`posterior` can answer: after ``calibrate()``, or a fit by a loss that makes a posterior."""
+        fitted = getattr(self.loss, "makes_posterior", False) and self.num_steps > 0
+        return fitted or (self.calibration is not None and self.calibration.num_steps > 0)
+
+    def posterior(
+        self,
+        *args: Any,
+        num_samples: int = 100,
+        seed: int | None = None,
+        check_range: bool = True,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """Posterior draws of all latents given data: ``{site: (num_samples, *plates, *event)}``, Predictive's shapes.
+
+        :param check_range: simulate from the program and warn where the data lie outside of what it simulates: no guide
+            that learned from simulations knows anything there
+        :raises ProgramError: there is no posterior: encoder draws are none
+        """
+        args, kwargs = self._inputs(args, kwargs)
+        guide = self._posterior_guide()
+        with self._evaluating(seed, args, kwargs):
+            if check_range:
+                warn_of_range(self.model, args, kwargs)
+            return posterior_draws(self.model, guide, num_samples, args, kwargs)
+
+    def _posterior_guide(self) -> Any:
+        if not self.has_posterior:
+            name = type(self.loss).__name__
+            raise ProgramError(
+                "this program has no posterior yet: "
+                + (
+                    "call fit() first"
+                    if getattr(self.loss, "makes_posterior", False)
+                    else f"the guide of {name} is an encoder, whose draws do not say how uncertain they are. Call "
+                    "calibrate(data), which trains a posterior on simulated data, or use encode()"
+                )
+            )
+        return self.guide if self.calibration is None else self.calibration.guide
+
+    def generate(
+        self, num_samples: int, *args: Any, seed: int | None = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Draws from the program with its learned parameters: ``{site: (num_samples, *plates, *event)}``.
+
+        The arguments give plate sizes and covariates; observed sites are sampled like all others.
+        """
+        args, kwargs = self._inputs(args, kwargs)
+        with self._evaluating(seed, args, kwargs):
+            return program_draws(self.model, num_samples, args, kwargs)
+
+    def diagnose(
+        self, *args: Any, num_floor: int = 20, seed: int | None = None, **kwargs: Any
+    ) -> MatchReport:
+        """Print and return a table: reconstruction, match of each group against its noise floor, encoder variance."""
+        args, kwargs = self._inputs(args, kwargs)
+        loss = self.loss if isinstance(self.loss, SinkhornLoss) else None
+        with self._evaluating(seed, args, kwargs):
+            report = match_report(self.model, self.guide, *args, loss=loss, num_floor=num_floor, **kwargs)
+        print(report)
+        return report
+
+    @contextmanager
+    def _evaluating(self, seed: int | None, args: Any, kwargs: Any) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(self._guarded(args, kwargs))
+            if seed is not None:
+                stack.enter_context(RandomStream(seed).active())
+            # Before the modules are lent, so that the originals borrow the mode as well.
+            stack.enter_context(training_mode(self._all_modules(), training=False))
+            stack.enter_context(self.active())
+            stack.enter_context(torch.no_grad())
+            snapshot.wake_guide(cast(Any, self), args, kwargs)
+            yield
