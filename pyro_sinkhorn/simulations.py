@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from pyro_sinkhorn.errors import ProgramError, checked_integer
-from pyro_sinkhorn.losses.pairs import Pairs
+from pyro_sinkhorn.losses.pairs import Pairs, follows_rows
 from pyro_sinkhorn.losses.trace_energy_score import Trace_EnergyScore
 from pyro_sinkhorn.proposal import Proposal
 from pyro_sinkhorn.structure import Structure, nesting_of, plates_of
-from pyro_sinkhorn.training import Minibatches, follows_batch
+from pyro_sinkhorn.training import Minibatches
 
 #: Rows simulated a step by a program without globals.
 _ROWS = 256
@@ -57,7 +57,7 @@ class Simulations:
         self.model, self.loss = model, loss
         self.batches = Minibatches(args, kwargs, None)
         self.seen, self.structure, _ = loss.simulator.look(model, args, kwargs)
-        follows = bool(self.batches.n) and follows_batch(model, self.batches)
+        follows = bool(self.batches.n) and follows_rows(model, args, kwargs, self.batches.n)
         self.in_rows = follows and not self.structure.globals
         if sizes is not None:
             _check_sizes(sizes, self.structure, follows)

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from pyro_sinkhorn import optimiser
 from pyro_sinkhorn.errors import NonFiniteError, ProgramError, checked_integer
 from pyro_sinkhorn.losses.base import SinkhornLoss, Terms
+from pyro_sinkhorn.losses.pairs import picked
 from pyro_sinkhorn.modules import training_mode
 from pyro_sinkhorn.recovery import kept_on_error
 from pyro_sinkhorn.rng import undisturbed
@@ -144,15 +145,7 @@ class Minibatches:
 
     def pick(self, index: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The data at these positions, whatever the batch size."""
-        return (
-            tuple(self._slice(value, index) for value in self.args),
-            {name: self._slice(value, index) for name, value in self.kwargs.items()},
-        )
-
-    def _slice(self, value: Any, index: Tensor) -> Any:
-        if isinstance(value, Tensor) and value.dim() and len(value) == self.n:
-            return value[index.to(value.device)]
-        return value
+        return picked(self.args, self.kwargs, self.n, index)
 
 
 class DataScale(Messenger):
@@ -185,20 +178,6 @@ def data_scale(model: Callable[..., Any], batches: Minibatches) -> DataScale | N
         and not site["infer"].get("_deterministic")
     ]
     return DataScale(plates, batches.n / batches.batch_size) if outside else None
-
-
-def follows_batch(model: Callable[..., Any], batches: Minibatches) -> bool:
-    """Whether rows of the arguments are slices of a data plate, which is as long as they are."""
-    sizes = []
-    try:
-        for n in (batches.n, batches.n + 1):
-            args, kwargs = batches.pick(torch.arange(n) % batches.n)
-            with undisturbed():
-                structure = structure_of(run_model(model, args, kwargs))
-            sizes.append({p.name: p.size for p in structure.data_plates if p.size == p.full_size})
-    except (RuntimeError, ValueError, IndexError):
-        return False  # the model knows how many data it has
-    return any(size == batches.n and sizes[1].get(name) == batches.n + 1 for name, size in sizes[0].items())
 
 
 def _may_replace(model: Callable[..., Any], batches: Minibatches) -> bool:

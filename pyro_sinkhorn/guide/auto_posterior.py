@@ -144,6 +144,8 @@ class AutoPosterior(LazyGuide):
         }
         done = Produced()
         for i, block in enumerate(factors(structure)):
+            if block.plates and shown is not None and shown.only_globals:
+                break
             if i and (shown is None or shown.moments is None):
                 # Again, below the latents of this call: what is left is produced relative to its prior.
                 prior = run_model(
@@ -306,7 +308,7 @@ class AutoPosterior(LazyGuide):
         above: nn.Module = nn.Identity()
         rows = [one.flatten(0, -2) for one in seen if one is not None]
         if rows:
-            above = Standardise(rows[0].shape[-1]).to(**factory)
+            above = Standardise(rows[0].shape[-1], where_heavy=True).to(**factory)
             above.fit(torch.cat(rows))
             context = joined(context, above(seen[0].to(context)))  # type: ignore[union-attr]
         self.above.append(above)

@@ -57,18 +57,18 @@ class SetEncoder(nn.Module):
 
     Rows are standardised, pass a perceptron, are averaged along the innermost plate, pass another, and so on outwards:
 
-    .. math:: c = \bigl(\tfrac1n \sum_i h(x_i),\ \log n\bigr).
+    .. math:: c = \bigl(\tfrac1n \sum_i h(x_i),\ \tfrac1n \sum_i x_i,\ \log n\bigr).
 
-    The logarithm of the number of rows lets the guide narrow as data come in. Rows that a mask leaves nothing of are not
-    counted.
+    Features themselves are averaged beside, so that what is linear in sums of the data is linear in the code. The logarithm
+    of the number of rows lets the guide narrow as data come in. Rows that a mask leaves nothing of are not counted.
     """
 
     def __init__(self, n_features: int, num_plates: int, width: int) -> None:
         super().__init__()
-        self.standardise = Standardise(n_features)
-        sizes = [n_features] + [width + 1] * (num_plates - 1)
+        self.standardise = Standardise(n_features, where_heavy=True)
+        sizes = [n_features + i * (width + 1) for i in range(num_plates)]
         self.layers = nn.ModuleList([perceptron(size, width, width) for size in sizes])
-        self.width = width + 1
+        self.width = n_features + num_plates * (width + 1)
 
     def forward(self, rows: Tensor, dims: list[int]) -> Tensor:
         """``(..., plates, n_features)`` to the same with plates of size 1 and ``width`` columns.
@@ -80,7 +80,8 @@ class SetEncoder(nn.Module):
         h = self.standardise(rows)
         for layer, dim in zip(self.layers, dims, strict=True):
             n = counts.sum(dim - 1, keepdim=True)
-            mean = (layer(h) * counts).sum(dim - 1, keepdim=True) / n.clamp_min(1)
+            beside = torch.cat([layer(h), h], -1)
+            mean = (beside * counts).sum(dim - 1, keepdim=True) / n.clamp_min(1)
             h = torch.cat([mean, n.clamp_min(1).log()], -1)
             counts = (n > 0).to(rows)
         return h

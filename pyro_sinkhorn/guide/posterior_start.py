@@ -81,7 +81,7 @@ def make_reader(
         return encoders
     rows = pooled(block.plates)
     if rows.shape[-1] <= _WIDE or encoded:
-        reader = Standardise(rows.shape[-1]).to(rows)
+        reader = Standardise(rows.shape[-1], where_heavy=True).to(rows)
         reader.fit(rows)
         return reader
     wide = DefaultEncoder(rows.shape[-1]).to(rows)

@@ -31,12 +31,14 @@ class Shown:
     indices:   sub-samples of the model's plates, common to all data sets
     moments:   mean and standard deviation of priors on the line given their parents, by site: ``(P, *batch, numel)``;
                None where the guide goes on with what it drew itself, which gives them by a run of the model
+    only_globals: local latents are not wanted
     """
 
     readings: Readings
     plate: Plate
     indices: Mapping[str, Tensor] = field(default_factory=dict)
     moments: Mapping[str, Moments] | None = None
+    only_globals: bool = False
 
 
 @contextmanager

@@ -8,8 +8,9 @@ the second fails, data sets are simulated one by one.
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,7 @@ from pyro_sinkhorn.explain import bad_rows
 from pyro_sinkhorn.geometry.registry import geometry_of
 from pyro_sinkhorn.guide.shown import DATA_SETS, Moments
 from pyro_sinkhorn.guide.start import moments
+from pyro_sinkhorn.rng import undisturbed
 from pyro_sinkhorn.runs import Resample, run_model, subsamples
 from pyro_sinkhorn.structure import Plate, Site, Structure, nesting_of, sample_sites, structure_of
 
@@ -55,14 +57,27 @@ class Pairs:
 
     def pick(self, index: Tensor) -> Pairs:
         """Some of the data sets."""
-        return Pairs(
-            {name: value[index] for name, value in self.values.items()},
-            self.event_dims,
-            {name: (loc[index], scale[index]) for name, (loc, scale) in self.moments.items()},
-            self.indices,
-            self.nesting,
-            None if self.weights is None else self.weights[index],
+        return dataclasses.replace(
+            self,
+            values={name: value[index] for name, value in self.values.items()},
+            moments={name: (loc[index], scale[index]) for name, (loc, scale) in self.moments.items()},
+            weights=None if self.weights is None else self.weights[index],
         )
+
+    def rows(self, plate: Plate, index: Tensor, names: Iterable[str]) -> Pairs:
+        """Some slices of a plate, for the sites in it."""
+
+        def picked(value: Tensor) -> Tensor:
+            axis = 1 + self.nesting + plate.dim
+            return value if value.shape[axis] == 1 else value.index_select(axis, index)
+
+        values, moments = dict(self.values), dict(self.moments)
+        for name in names:
+            values[name] = picked(values[name])
+            if name in moments:
+                moments[name] = (picked(moments[name][0]), picked(moments[name][1]))
+        indices = {name: value for name, value in self.indices.items() if name != plate.name}
+        return dataclasses.replace(self, values=values, moments=moments, indices=indices)
 
     def value(self, name: str) -> Tensor:
         """Values of one site."""
@@ -216,6 +231,32 @@ def _check_finite(name: str, value: Tensor) -> None:
             "guide cannot learn from what is no number: have the simulator return numbers, or give the latents "
             "priors from which it can"
         )
+
+
+def picked(args: Any, kwargs: Any, n: int, index: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Some rows of all arguments that have ``n``."""
+
+    def sliced(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dim() and len(value) == n:
+            return value[index.to(value.device)]
+        return value
+
+    return tuple(sliced(value) for value in args), {name: sliced(value) for name, value in kwargs.items()}
+
+
+@torch.no_grad()
+def follows_rows(model: Callable[..., Any], args: Any, kwargs: Any, n: int) -> bool:
+    """Whether rows of the arguments, ``n`` of them, are slices of a data plate, which is as long as they are."""
+    sizes = []
+    try:
+        for number in (n, n + 1):
+            with undisturbed():
+                trace = run_model(model, *picked(args, kwargs, n, torch.arange(number) % n))
+            plates = structure_of(trace).data_plates
+            sizes.append({plate.name: plate.size for plate in plates if plate.size == plate.full_size})
+    except (RuntimeError, ValueError, IndexError):
+        return False  # the model knows how many data it has
+    return any(size == n and sizes[1].get(name) == n + 1 for name, size in sizes[0].items())
 
 
 def substituted(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import pyro
 import torch
@@ -23,6 +23,8 @@ from pyro_sinkhorn.losses.energy import ScoringCoordinates, energy_score, expect
 from pyro_sinkhorn.losses.pairs import Pairs, substituted
 from pyro_sinkhorn.losses.scoring import run_guide
 from pyro_sinkhorn.structure import Group, Plate, Structure, carried_along, is_latent, sample_sites
+
+Part = Literal["all", "globals", "locals"]
 
 #: Name of the plate of a guide's draws.
 DRAWS = "guide_draws"
@@ -61,18 +63,22 @@ class Sleeper:
         structure: Structure,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        part: Part = "all",
     ) -> dict[str, Tensor]:
         """Mean score of every block, in units of the prior's own: 1 is a guide that knows nothing.
 
         :param seen: a plain run of the model on its data: sites, plates and masks
+        :param part: whether to score globals or local latents alone, for a guide whose blocks are scored one by one
         :raises ProgramError: the guide does not serve the model, naming the site
         :raises NonFiniteError: the guide's draws are NaN or infinite
         """
         truth = dict(pairs.values)
-        drawn = self._drawn(guide, pairs, seen, structure, truth, args, kwargs)
-        _check_drawn(drawn, structure)
+        drawn = self._drawn(guide, pairs, seen, structure, truth, args, kwargs, part == "globals")
+        _check_drawn(drawn, structure.globals if part == "globals" else structure.latents)
         relative = frozenset(getattr(guide, "relative", ())) if _is_autoregressive(guide) else frozenset()
         blocks = _blocks(guide, structure, drawn)
+        if part != "all":
+            blocks = {key: found for key, found in blocks.items() if bool(found[1]) == (part == "locals")}
         nodes = seen.nodes
         self.coordinates.estimate(blocks, nodes, pairs, relative, self.beta)
         scores = {}
@@ -143,6 +149,7 @@ class Sleeper:
         truth: dict[str, Tensor],
         args: Any,
         kwargs: Any,
+        only_globals: bool,
     ) -> dict[str, tuple[Any, Tensor]]:
         """Draws ``(S, P, *batch, *event)`` of every latent, each with the distribution it came from."""
         observed = find_observed(seen, structure, args, kwargs, dict(pairs.indices))
@@ -153,7 +160,7 @@ class Sleeper:
             _refuse_plain_globals(guide, structure)
             present = read_observed(observed, args, kwargs, dict(pairs.indices), lambda: seen).present
             values = {name: pairs.values[name] for name in structure.data}
-            shown = Shown(Readings(values, present), pairs.plate, pairs.indices, pairs.moments)
+            shown = Shown(Readings(values, present), pairs.plate, pairs.indices, pairs.moments, only_globals)
             plate = pairs.plate
             force = Force(truth if _is_autoregressive(guide) else self._forced(guide, seen, truth))
             with (
@@ -268,13 +275,13 @@ def _averaged(score: Tensor, weights: Tensor | None, counted: Tensor | None) -> 
     return score.mean() if score.numel() else score.sum()
 
 
-def _check_drawn(drawn: dict[str, Any], structure: Structure) -> None:
-    missing = [name for name in structure.latents if name not in drawn]
-    unknown = [name for name in drawn if name not in structure.latents]
+def _check_drawn(drawn: dict[str, Any], latents: tuple[str, ...]) -> None:
+    missing = [name for name in latents if name not in drawn]
+    unknown = [name for name in drawn if name not in latents]
     if missing or unknown:
         said = f"does not sample the latent sites {missing}" if missing else f"samples {unknown}"
         raise ProgramError(
-            f"the guide {said}; the latents of the model are {sorted(structure.latents)}. Every one needs a sample statement "
+            f"the guide {said}; the latents of the model are {sorted(latents)}. Every one needs a sample statement "
             "of the same name in the guide, and noise is marked by infer={'is_auxiliary': True}"
         )
     for name, (fn, _) in drawn.items():

@@ -19,7 +19,7 @@ from pyro_sinkhorn.losses.base import SinkhornLoss, Terms, mean_terms
 from pyro_sinkhorn.losses.call import Call
 from pyro_sinkhorn.losses.latent_match import GroupMatch, LatentMatch
 from pyro_sinkhorn.losses.matching import MatchOptions
-from pyro_sinkhorn.losses.pairs import Pairs, Simulator
+from pyro_sinkhorn.losses.pairs import Pairs, Simulator, follows_rows, picked
 from pyro_sinkhorn.losses.scoring import (
     blame,
     check_supports,
@@ -29,7 +29,7 @@ from pyro_sinkhorn.losses.scoring import (
     run_scored,
 )
 from pyro_sinkhorn.losses.sleep import Sleeper
-from pyro_sinkhorn.structure import Structure, innermost, sample_sites, structure_of
+from pyro_sinkhorn.structure import Plate, Structure, innermost, sample_sites, structure_of
 
 #: Data sets simulated a step where there are globals, and pairs where there are none.
 _DATA_SETS, _PAIRS = 64, 256
@@ -122,6 +122,7 @@ class Trace_EnergyScore(SinkhornLoss):
         self.sleeper = Sleeper(num_draws, beta)
         self.simulator = Simulator(vectorize)
         self._warned: set[str] = set()
+        self._follows: dict[str, bool] = {}
 
     def config(self) -> dict[str, Any]:
         """Arguments that make an equal loss."""
@@ -164,7 +165,34 @@ class Trace_EnergyScore(SinkhornLoss):
             seen, structure, _ = self.simulator.look(model, args, kwargs, indices or {})
         if pairs is None:
             pairs = self.simulator(model, args, kwargs, self.number_of_data_sets(structure))
-        return self.sleeper(guide, pairs, seen, structure, args, kwargs)
+        rows = self._fewer_rows(model, guide, pairs, structure, args, kwargs)
+        if rows is None:
+            return self.sleeper(guide, pairs, seen, structure, args, kwargs)
+        plate, index = rows
+        scores = self.sleeper(guide, pairs, seen, structure, args, kwargs, "globals")
+        args, kwargs = picked(args, kwargs, plate.size, index)
+        inside = (*structure.locals, *structure.data)
+        with torch.no_grad():
+            seen, structure, _ = self.simulator.look(model, args, kwargs)
+        few = pairs.rows(plate, index, inside)
+        return scores | self.sleeper(guide, few, seen, structure, args, kwargs, "locals")
+
+    def _fewer_rows(
+        self, model: Any, guide: Any, pairs: Pairs, structure: Structure, args: Any, kwargs: Any
+    ) -> tuple[Plate, Tensor] | None:
+        """Rows to score the local latents at: given the globals they are independent, so a few of every data set do."""
+        outermost = {group.plates[0] for group in structure.groups}
+        if not (structure.globals and len(outermost) == 1 and getattr(guide, "autoregressive", False)):
+            return None
+        plate = next(iter(outermost))
+        few = max(math.ceil(2 * _PAIRS / len(pairs)), 2)
+        if plate.size < 2 * few or set(structure.data_plates) != {
+            p for g in structure.groups for p in g.plates
+        }:
+            return None
+        if plate.name not in self._follows:
+            self._follows[plate.name] = follows_rows(model, args, kwargs, plate.size)
+        return (plate, torch.randperm(plate.size)[:few]) if self._follows[plate.name] else None
 
     def number_of_data_sets(self, structure: Structure) -> int:
         """Data sets to simulate a step."""
