@@ -1,6 +1,28 @@
 """Diagnostics: what to look at before believing a fit."""
 
 from pyro_sinkhorn.diagnostics.c2st import C2STResult, c2st
+from pyro_sinkhorn.diagnostics.calibration import RankCheck, SbcReport, simulation_based_calibration
+from pyro_sinkhorn.diagnostics.contraction import ContractionReport, ScalarContraction, posterior_contraction
+from pyro_sinkhorn.diagnostics.coverage import CoverageReport, expected_coverage
+from pyro_sinkhorn.diagnostics.drawn import PosteriorDraws
 from pyro_sinkhorn.diagnostics.matching import GroupReport, MatchReport, match_report
+from pyro_sinkhorn.diagnostics.tarp import TarpReport, tarp
 
-__all__ = ["C2STResult", "GroupReport", "MatchReport", "c2st", "match_report"]
+__all__ = [
+    "C2STResult",
+    "ContractionReport",
+    "CoverageReport",
+    "GroupReport",
+    "MatchReport",
+    "PosteriorDraws",
+    "RankCheck",
+    "SbcReport",
+    "ScalarContraction",
+    "TarpReport",
+    "c2st",
+    "expected_coverage",
+    "match_report",
+    "posterior_contraction",
+    "simulation_based_calibration",
+    "tarp",
+]

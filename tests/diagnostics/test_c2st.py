@@ -62,3 +62,20 @@ def test_units_do_not_matter():
 def test_wrong_input(x, y, error, message):
     with pytest.raises(error, match=message):
         c2st(x, y)
+
+
+def test_the_number_is_that_of_sbibm():
+    """Its classifier, folds and z-scoring written out: metrics/c2st.py, with its seed."""
+    from sklearn.model_selection import KFold, cross_val_score
+    from sklearn.neural_network import MLPClassifier
+
+    reference, other = 3 + 5 * torch.randn(150, 2), 4 + 5 * torch.randn(150, 2)
+    mean, sd = reference.mean(0), reference.std(0)
+    points = torch.cat([(reference - mean) / sd, (other - mean) / sd]).numpy()
+    network = MLPClassifier(
+        activation="relu", hidden_layer_sizes=(20, 20), max_iter=10000, solver="adam", random_state=1
+    )
+    folds = KFold(n_splits=5, shuffle=True, random_state=1)
+    labels = torch.arange(300) >= 150
+    expected = cross_val_score(network, points, labels.double().numpy(), cv=folds, scoring="accuracy").mean()
+    assert c2st(reference, other, seed=1).value == pytest.approx(float(expected), abs=1e-12)
