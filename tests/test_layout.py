@@ -21,7 +21,7 @@ LAYERS = (
     {"geometry"},
     {"explain", "runs", "structure", "reachable", "modules", "rng", "state", "optimiser", "recovery"},
     {"guide", "losses"},
-    {"training", "diagnostics", "plots", "proposal", "sampling", "parts"},
+    {"training", "diagnostics", "plots", "proposal", "sampling", "parts", "refinement"},
     {"simulations"},
     {"calibration", "export"},
     {"snapshot"},

@@ -15,6 +15,7 @@ PACKAGES = [
     "pyro_sinkhorn.losses",
     "pyro_sinkhorn.models",
     "pyro_sinkhorn.ot",
+    "pyro_sinkhorn.refinement",
 ]
 NAMES = [(package, name) for package in PACKAGES for name in importlib.import_module(package).__all__]
 

@@ -17,7 +17,7 @@ from pyro_sinkhorn.guide.observed import Readings, find_observed, read_observed
 from pyro_sinkhorn.guide.shown import Shown, showing
 from pyro_sinkhorn.losses.pairs import Pairs, Simulator, substituted
 from pyro_sinkhorn.losses.scoring import run_guide
-from pyro_sinkhorn.structure import Plate, Structure, is_latent, sample_sites
+from pyro_sinkhorn.structure import Structure, is_latent, plates_of, sample_sites
 
 #: Rows that a guide makes at once, at most.
 _ROWS_AT_ONCE = 200_000
@@ -70,9 +70,13 @@ def posterior_of_simulations(
         draws = _one_by_one(guide, pairs, seen, structure, num_draws, args, kwargs)
     truth, kept = {}, {}
     for name in structure.latents:
-        truth[name] = _simulations(pairs.values[name].unsqueeze(0), name, pairs, structure)[0]
-        kept[name] = _simulations(draws[name], name, pairs, structure)
-    return PosteriorDraws(truth, kept)
+        truth[name] = _simulations(pairs.values[name].unsqueeze(0), name, pairs, structure, seen)[0]
+        kept[name] = _simulations(draws[name], name, pairs, structure, seen)
+    data = {
+        name: _simulations(pairs.values[name].unsqueeze(0), name, pairs, structure, seen)[0]
+        for name in structure.data
+    }
+    return PosteriorDraws(truth, kept, data)
 
 
 def _side_by_side(
@@ -117,11 +121,13 @@ def _value(trace: Any, name: str) -> Tensor:
     return next(site["value"] for n, site in sample_sites(trace) if n == name and is_latent(site))
 
 
-def _simulations(value: Tensor, name: str, pairs: Pairs, structure: Structure) -> Tensor:
-    """``(S, P, *batch, *event)`` as ``(S, simulations, ...)``."""
-    plates: tuple[Plate, ...] = next((g.plates for g in structure.groups if name in g.sites), ())
+def _simulations(value: Tensor, name: str, pairs: Pairs, structure: Structure, seen: Any) -> Tensor:
+    """``(S, P, *batch, *event)`` as ``(S, simulations, ...)``; of data sets, one slice of every local latent."""
+    data_plates = {plate.name for plate in structure.data_plates}
+    plates = tuple(plate for plate in plates_of(seen.nodes[name]) if plate.name in data_plates)
     first = 2 + pairs.nesting  # where the event begins
-    for plate in plates[1:] if not structure.globals else plates:
+    observed = name in structure.data
+    for plate in () if observed else plates if structure.globals else plates[1:]:
         value = value.narrow(first + plate.dim, 0, 1)
     if plates and not structure.globals:
         value = value.movedim(first + plates[0].dim, 2).flatten(1, 2)
