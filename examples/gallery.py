@@ -69,7 +69,7 @@ def fit(exhibit: Exhibit, smoke: bool) -> MatchReport:
     optim = pyro.optim.CosineAnnealingLR(schedule)
     exhibit.program.fit(*exhibit.data, num_steps=num_steps, optim=optim, seed=0, progress=False)
     with contextlib.redirect_stdout(io.StringIO()):  # the row says the same
-        return exhibit.program.diagnose(*exhibit.data, num_floor=2 if smoke else 10, seed=0)
+        return exhibit.program.diagnose(*exhibit.data, num_floor=2 if smoke else 10, seed=0).match
 
 
 def row(name: str, exhibit: Exhibit, report: MatchReport, seconds: float) -> str:

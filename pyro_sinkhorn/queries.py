@@ -11,11 +11,14 @@ from torch import Tensor
 
 from pyro_sinkhorn import snapshot
 from pyro_sinkhorn.calibration import Calibration
-from pyro_sinkhorn.diagnostics.matching import MatchReport, match_report
+from pyro_sinkhorn.diagnostics.diagnosis import Diagnosis, posterior_report
+from pyro_sinkhorn.diagnostics.matching import match_report
 from pyro_sinkhorn.diagnostics.simulated_range import warn_of_range
-from pyro_sinkhorn.errors import ProgramError
+from pyro_sinkhorn.errors import ProgramError, checked_integer
 from pyro_sinkhorn.losses.base import SinkhornLoss
+from pyro_sinkhorn.losses.trace_energy_score import Trace_EnergyScore
 from pyro_sinkhorn.modules import training_mode
+from pyro_sinkhorn.refinement import Refined, refine
 from pyro_sinkhorn.rng import RandomStream
 from pyro_sinkhorn.sampling import encoder_draws, posterior_draws, program_draws
 
@@ -28,6 +31,8 @@ class Queries:
     loss: Any
     num_steps: int
     calibration: Calibration | None
+    #: What the last refinement of posterior draws did and cost.
+    refined: Refined | None = None
     _inputs: Any
     _guarded: Any
     _all_modules: Any
@@ -56,12 +61,19 @@ class Queries:
         num_samples: int = 100,
         seed: int | None = None,
         check_range: bool = True,
+        refine_steps: int = 0,
+        kernel: str = "hmc",
         **kwargs: Any,
     ) -> dict[str, Tensor]:
         """Posterior draws of all latents given data: ``{site: (num_samples, *plates, *event)}``, Predictive's shapes.
 
         :param check_range: simulate from the program and warn where the data lie outside of what it simulates: no guide
             that learned from simulations knows anything there
+        :param refine_steps: above 0, every draw starts a Markov chain of so many steps towards the exact posterior, for
+            programs whose sites have densities: see :func:`pyro_sinkhorn.refinement.refine`. What it cost and how it went is
+            printed, and kept in ``refined``
+        :param kernel: of these chains, ``"hmc"`` (default: ``"mala"`` is cheaper a step and weak above a few dimensions) or
+            ``"nuts"``
         :raises ProgramError: there is no posterior: encoder draws are none
         """
         args, kwargs = self._inputs(args, kwargs)
@@ -69,7 +81,15 @@ class Queries:
         with self._evaluating(seed, args, kwargs):
             if check_range:
                 warn_of_range(self.model, args, kwargs)
-            return posterior_draws(self.model, guide, num_samples, args, kwargs)
+            draws = posterior_draws(self.model, guide, num_samples, args, kwargs)
+            if not checked_integer("refine_steps", refine_steps, 0):
+                return draws
+            with torch.enable_grad():
+                self.refined = refine(
+                    self.model, draws, *args, num_steps=refine_steps, kernel=kernel, **kwargs
+                )
+        print(self.refined)
+        return self.refined.draws
 
     def _posterior_guide(self) -> Any:
         if not self.has_posterior:
@@ -97,15 +117,35 @@ class Queries:
             return program_draws(self.model, num_samples, args, kwargs)
 
     def diagnose(
-        self, *args: Any, num_floor: int = 20, seed: int | None = None, **kwargs: Any
-    ) -> MatchReport:
-        """Print and return a table: reconstruction, match of each group against its noise floor, encoder variance."""
+        self,
+        *args: Any,
+        num_floor: int = 20,
+        num_simulations: int = 200,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> Diagnosis:
+        """Print and return tables of what there is to check; ``.plot()`` of it draws the figures of a posterior.
+
+        Of a loss that matches clouds: reconstruction, match of each group against its noise floor, encoder variance (a
+        collapsed one is said). Of a program with a posterior: whether the data lie in the range of its simulations,
+        simulation-based calibration, coverage, contraction.
+
+        :param num_floor: evaluations of match and floor each
+        :param num_simulations: simulated data, or data sets where there are globals, to check the posterior on; 1000 and
+            more see finer errors
+        """
         args, kwargs = self._inputs(args, kwargs)
         loss = self.loss if isinstance(self.loss, SinkhornLoss) else None
         with self._evaluating(seed, args, kwargs):
-            report = match_report(self.model, self.guide, *args, loss=loss, num_floor=num_floor, **kwargs)
-        print(report)
-        return report
+            match = posterior = None
+            if not isinstance(loss, Trace_EnergyScore):
+                match = match_report(self.model, self.guide, *args, loss=loss, num_floor=num_floor, **kwargs)
+            if self.has_posterior:
+                guide = self._posterior_guide()
+                posterior = posterior_report(self.model, guide, args, kwargs, num_simulations)
+        found = Diagnosis(match, posterior)
+        print(found)
+        return found
 
     @contextmanager
     def _evaluating(self, seed: int | None, args: Any, kwargs: Any) -> Iterator[None]:

@@ -672,7 +672,7 @@ def test_batch_norm_learns_in_fit():
 
 def test_diagnose_prints_its_report(capsys):
     program = fitted()
-    report = program.diagnose(data(), num_floor=2)
+    report = program.diagnose(data(), num_floor=2).match
     assert capsys.readouterr().out.strip() == str(report).strip()
     assert report.groups[0].name == "z" and report.n_data == 40
 

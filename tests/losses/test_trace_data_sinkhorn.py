@@ -448,7 +448,7 @@ def test_a_program_of_another_loss_gets_its_guide():
 def test_the_report_compares_with_the_floor(capsys):
     x = torch.randn(64, 2)
     program = SinkhornProgram(scaled, loss=Trace_DataSinkhorn(match_size=32))
-    report = program.diagnose(x, seed=0)
+    report = program.diagnose(x, seed=0).match
     (row,) = report.groups
     assert (row.name, row.encoder_variance, report.reconstruction) == ("x", None, None)
     assert row.z > 5
@@ -461,7 +461,7 @@ def test_the_report_compares_with_the_floor(capsys):
 
 def test_the_report_names_covariates():
     program = SinkhornProgram(conditional, loss=Trace_DataSinkhorn(match_size=16, covariates="auto"))
-    assert program.diagnose(torch.randn(32), torch.randn(32), num_floor=2).covariates == ("argument 0",)
+    assert program.diagnose(torch.randn(32), torch.randn(32), num_floor=2).match.covariates == ("argument 0",)
 
 
 def test_training_goes_on_after_loading(tmp_path):
