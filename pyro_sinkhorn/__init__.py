@@ -2,6 +2,7 @@
 
 from pyro_sinkhorn.decorator import sinkhorn_infer
 from pyro_sinkhorn.distributions import Implicit
+from pyro_sinkhorn.export import to_arviz
 from pyro_sinkhorn.geometry import register_geometry
 from pyro_sinkhorn.guide import AutoImplicit, AutoPosterior
 from pyro_sinkhorn.losses import Trace_DataSinkhorn, Trace_EnergyScore, Trace_Sinkhorn, TraceEnum_Sinkhorn
@@ -18,4 +19,5 @@ __all__ = [
     "Trace_Sinkhorn",
     "register_geometry",
     "sinkhorn_infer",
+    "to_arviz",
 ]

@@ -15,6 +15,7 @@ from pyro_sinkhorn.diagnostics.diagnosis import Diagnosis, posterior_report
 from pyro_sinkhorn.diagnostics.matching import match_report
 from pyro_sinkhorn.diagnostics.simulated_range import warn_of_range
 from pyro_sinkhorn.errors import ProgramError, checked_integer
+from pyro_sinkhorn.export import to_arviz
 from pyro_sinkhorn.losses.base import SinkhornLoss
 from pyro_sinkhorn.losses.trace_energy_score import Trace_EnergyScore
 from pyro_sinkhorn.modules import training_mode
@@ -146,6 +147,10 @@ class Queries:
         found = Diagnosis(match, posterior)
         print(found)
         return found
+
+    def to_arviz(self, *args: Any, num_samples: int = 500, seed: int | None = None, **kwargs: Any) -> Any:
+        """Draws, data and densities for ArviZ, ``coords=`` and ``dims=`` too: see :func:`~pyro_sinkhorn.to_arviz`."""
+        return to_arviz(self, *args, num_samples=num_samples, seed=seed, **kwargs)
 
     @contextmanager
     def _evaluating(self, seed: int | None, args: Any, kwargs: Any) -> Iterator[None]:

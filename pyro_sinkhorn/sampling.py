@@ -78,12 +78,21 @@ def posterior_draws(
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def program_draws(model: Callable[..., Any], num_samples: Any, args: Any, kwargs: Any) -> dict[str, Tensor]:
-    """All sites by name, ``(num_samples, *plates, *event)``, observed ones sampled like the others."""
+def program_draws(
+    model: Callable[..., Any],
+    num_samples: Any,
+    args: Any,
+    kwargs: Any,
+    given: dict[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """All sites by name, ``(num_samples, *plates, *event)``, observed ones sampled like the others.
+
+    :param given: draws of some latents, which are then used and left out of the result
+    """
     num_samples = checked_integer("num_samples", num_samples, 1)
     unconditioned = poutine.block(_FreeData()(model), hide_fn=_is_factor)
     with explained("model", Trace(), args, kwargs):
-        return dict(Predictive(unconditioned, num_samples=num_samples)(*args, **kwargs))
+        return dict(Predictive(unconditioned, given, num_samples=num_samples)(*args, **kwargs))
 
 
 class _FreeData(UnconditionMessenger):

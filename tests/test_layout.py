@@ -21,7 +21,7 @@ LAYERS = (
     {"geometry"},
     {"explain", "runs", "structure", "reachable", "modules", "rng", "state", "optimiser", "recovery"},
     {"guide", "losses"},
-    {"training", "diagnostics", "plots", "proposal", "sampling", "parts", "refinement"},
+    {"training", "diagnostics", "plots", "proposal", "sampling", "parts", "refinement", "labelled", "replay"},
     {"simulations"},
     {"calibration", "export"},
     {"snapshot"},
@@ -32,8 +32,8 @@ LAYERS = (
     {"models"},
 )
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
-#: Not dependencies. The function that needs one imports it.
-LAZY = {"zuko", "torchvision", "lightning", "ot", "geomloss", "sklearn", "matplotlib"}
+#: Not dependencies. The function that needs one imports it. ArviZ and its xarray are, but take seconds to import.
+LAZY = {"zuko", "torchvision", "lightning", "ot", "geomloss", "sklearn", "matplotlib", "arviz", "xarray"}
 OUTSIDE = {"tests", "benchmarks", "examples"}
 MAX_LINES = 350
 
