@@ -181,7 +181,7 @@ class SinkhornProgram(Queries):
         num_rounds: int = 1,
         prior_share: float = 0.2,
         sizes: tuple[int, int] | None = None,
-        lr: float = 1e-3,
+        lr: float = 2e-3,
         guide: Any = None,
         loss: Trace_EnergyScore | None = None,
         seed: int | None = None,
@@ -193,7 +193,8 @@ class SinkhornProgram(Queries):
         The data give shapes and covariates; their values count only for ``num_rounds`` above 1. An encoder that ``fit``
         has trained is the start of the posterior's. A second call goes on with the same guide.
 
-        :param num_steps: optimiser steps in all; the learning rate falls to 0 at the end of every round
+        :param num_steps: optimiser steps in all; the learning rate falls to 0 at the end of every round. More steps are what
+            makes a guide exact: 2000 are a start, 10,000 to 30,000 for numbers to be relied on
         :param num_simulations: simulate so many data (data sets, where there are globals) and go through them again and
             again, for simulators that are expensive; a tenth is held out, and the state that is best there is kept.
             Default: fresh ones at every step

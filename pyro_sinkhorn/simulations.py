@@ -19,7 +19,7 @@ from pyro_sinkhorn.structure import Structure, nesting_of, plates_of
 from pyro_sinkhorn.training import Minibatches
 
 #: Rows simulated a step by a program without globals.
-_ROWS = 256
+_ROWS = 128
 #: Of a fixed number of simulations, the share that is kept out of training to choose the best state by.
 _HELD_OUT = 0.1
 #: Draws of the guide that say where the posterior is.
@@ -38,7 +38,7 @@ class Chunk:
 class Simulations:
     """Pairs for the steps of a calibration.
 
-    A program without globals whose data plate follows its arguments is simulated in rows: 256 a chunk, drawn from those
+    A program without globals whose data plate follows its arguments is simulated in rows: 128 a chunk, drawn from those
     of the data, so that all covariates come up. Any other is simulated as data sets, several a chunk.
 
     :param num: simulations in all, None for fresh ones at every step

@@ -15,7 +15,7 @@ from pyro_sinkhorn.errors import ProgramError
 from pyro_sinkhorn.explain import Path
 from pyro_sinkhorn.geometry.registry import geometry_of
 from pyro_sinkhorn.guide.auto_implicit import AutoImplicit
-from pyro_sinkhorn.guide.encoder import Standardise, check_device
+from pyro_sinkhorn.guide.encoder import Standardise, check_device, joined
 from pyro_sinkhorn.guide.layout import columns_along
 from pyro_sinkhorn.guide.lazy import LazyGuide
 from pyro_sinkhorn.guide.make import make_group
@@ -29,7 +29,7 @@ from pyro_sinkhorn.guide.posterior_start import (
     make_reader,
     simulations,
 )
-from pyro_sinkhorn.guide.produce import Produced, Recipe, joined
+from pyro_sinkhorn.guide.produce import Produced, Recipe
 from pyro_sinkhorn.guide.reading import (
     Covariates,
     Reading,
@@ -93,7 +93,7 @@ class AutoPosterior(LazyGuide):
         covariates: Covariates = "auto",
         noise_dim: int | None = None,
         hidden: int = 128,
-        depth: int = 2,
+        depth: int = 3,
     ) -> None:
         super().__init__(model)
         if encoder is not None and not isinstance(encoder, nn.Module):
@@ -323,6 +323,7 @@ class AutoPosterior(LazyGuide):
             self._hidden,
             {},
             functools.partial(ResidualHead, hidden=self._hidden, depth=self._depth),
+            noise_per_output=2,
         )
         self.state_heads.append(state_heads)
         self._discrete |= {name for name in block.sites if key_of(name) in state_heads}

@@ -105,8 +105,16 @@ class NoiseHead(nn.Module):
 
     def forward(self, code: Tensor, noise: Tensor | None) -> Tensor:
         """``(..., width)`` and ``(..., noise_dim)`` to ``(..., num_raw)``."""
-        joined = code if noise is None else torch.cat([code, noise], -1)
-        return self.loc + self.scale * (self.direct(joined) + self.mixed(joined))
+        both = code if noise is None else joined(code, noise)
+        return self.loc + self.scale * (self.direct(both) + self.mixed(both))
+
+
+def joined(*tensors: Tensor) -> Tensor:
+    """Side by side along the last dimension, after broadcasting all others."""
+    if len(tensors) == 1:
+        return tensors[0]
+    shape = torch.broadcast_shapes(*(tensor.shape[:-1] for tensor in tensors))
+    return torch.cat([tensor.expand(*shape, tensor.shape[-1]) for tensor in tensors], -1)
 
 
 def check_device(module: nn.Module, read: Any) -> None:

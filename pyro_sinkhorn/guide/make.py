@@ -32,6 +32,7 @@ def make_group(
     hidden: int,
     states: Mapping[str, Tensor],
     make_head: Callable[[int, int, int], NoiseHead | ResidualHead] | None = None,
+    noise_per_output: int = 1,
 ) -> tuple[nn.ModuleDict, nn.Module, int]:
     """Heads of the discrete sites, head of the others (an identity where there are none), and noise variables.
 
@@ -40,7 +41,7 @@ def make_group(
     :param done: states of the groups before; those of this one are added
     :param relative: sites produced relative to their prior's moments
     :param enumerated: whether discrete sites get a probability for every state
-    :param noise_dim: as asked for, or None for as many as raw outputs
+    :param noise_dim: as asked for, or None for ``noise_per_output`` times as many as raw outputs
     :param make_head: of width, noise variables and raw outputs; by default a :class:`NoiseHead`
     :param states: states of discrete sites from an earlier set-up by key, which win over the prior's
     """
@@ -81,7 +82,7 @@ def make_group(
     if not locs:
         return state_heads, nn.Identity(), 0
     num_raw = sum(len(loc) for loc in locs)
-    noise_dim = num_raw if noise_dim is None else noise_dim
+    noise_dim = noise_per_output * num_raw if noise_dim is None else noise_dim
     make_head = make_head or functools.partial(NoiseHead, hidden=hidden)
     head = make_head(width, noise_dim, num_raw).to(**factory)
     head.loc.copy_(torch.cat(locs))

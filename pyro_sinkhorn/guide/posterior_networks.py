@@ -13,9 +13,10 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width)
-        )
+        last = nn.Linear(width, width)
+        self.layers = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), last)
+        nn.init.zeros_(last.weight)  # the identity at first, at any depth
+        nn.init.zeros_(last.bias)
 
     def forward(self, h: Tensor) -> Tensor:
         """``(..., width)`` to the same shape."""
@@ -36,18 +37,22 @@ class ResidualHead(nn.Module):
 
     def __init__(self, width: int, noise_dim: int, num_raw: int, hidden: int, depth: int) -> None:
         super().__init__()
-        self.first = nn.Linear(width + noise_dim, hidden)
+        # Apart, since the context is the same for all draws.
+        self.context, self.noise = nn.Linear(width, hidden), nn.Linear(noise_dim, hidden, bias=False)
         self.blocks = nn.Sequential(*[ResidualBlock(hidden) for _ in range(depth)])
         self.last = nn.Sequential(nn.LayerNorm(hidden), nn.SiLU(), nn.Linear(hidden, num_raw))
-        self.direct = nn.Linear(width + noise_dim, num_raw)
+        self.direct = nn.Linear(width, num_raw)
+        self.direct_noise = nn.Linear(noise_dim, num_raw, bias=False)
         self.register_buffer("loc", torch.zeros(num_raw))
         self.register_buffer("scale", torch.ones(num_raw))
         self.register_buffer("heavy", torch.zeros(num_raw, dtype=torch.bool))
 
     def forward(self, context: Tensor, noise: Tensor | None) -> Tensor:
         """``(..., width)`` and ``(..., noise_dim)`` to ``(..., num_raw)``."""
-        joined = context if noise is None else torch.cat([context, noise], -1)
-        raw = self.direct(joined) + self.last(self.blocks(self.first(joined)))
+        h, raw = self.context(context), self.direct(context)
+        if noise is not None:
+            h, raw = h + self.noise(noise), raw + self.direct_noise(noise)
+        raw = raw + self.last(self.blocks(h))
         raw = torch.where(self.heavy, raw.clamp(-30, 30).sinh(), raw)
         return self.loc + self.scale * raw
 

@@ -19,6 +19,7 @@ from pyro_sinkhorn.errors import NonFiniteError
 from pyro_sinkhorn.geometry.base import Geometry
 from pyro_sinkhorn.geometry.discrete import Discrete
 from pyro_sinkhorn.geometry.registry import geometry_of
+from pyro_sinkhorn.guide.encoder import joined
 from pyro_sinkhorn.guide.layout import place_extra_plates
 from pyro_sinkhorn.guide.shown import Moments
 from pyro_sinkhorn.guide.start import moments
@@ -91,8 +92,6 @@ class Recipe:
             unit = dist.Normal(code.new_zeros(()), code.new_ones(())).expand([self.noise_dim]).to_event(1)
             # A sample site, so that plates and vectorised particles each get their own.
             noise = pyro.sample(self.noise_name, unit, infer={"is_auxiliary": True})
-            shape = torch.broadcast_shapes(noise.shape[:-1], code.shape[:-1])
-            code, noise = code.expand(*shape, -1), noise.expand(*shape, -1)
         raw = self.head(code, noise)
         names = {plate.name for plate in plates}
         column = 0
@@ -124,14 +123,6 @@ class Recipe:
 def num_outputs(geometry: Geometry) -> int:
     """Raw outputs of one value of a site: for a relaxed discrete one those of its coordinates, not of its states."""
     return math.prod(geometry.event_shape) if isinstance(geometry, Discrete) else geometry.num_raw
-
-
-def joined(*tensors: Tensor) -> Tensor:
-    """Side by side along the last dimension, after broadcasting all others."""
-    if len(tensors) == 1:
-        return tensors[0]
-    shape = torch.broadcast_shapes(*(tensor.shape[:-1] for tensor in tensors))
-    return torch.cat([tensor.expand(*shape, tensor.shape[-1]) for tensor in tensors], -1)
 
 
 def _relative_to_prior(name: str, part: Tensor, fn: Any, geometry: Geometry, detach_scale: bool) -> Tensor:

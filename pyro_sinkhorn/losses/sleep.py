@@ -49,10 +49,11 @@ class Sleeper:
 
     :param num_draws: guide draws of every pair, at least 2
     :param beta: exponent of the energy score
+    :param resolution: scale of the logarithmic score beside it
     """
 
-    def __init__(self, num_draws: int, beta: float) -> None:
-        self.num_draws, self.beta = num_draws, beta
+    def __init__(self, num_draws: int, beta: float, resolution: float | None) -> None:
+        self.num_draws, self.beta, self.resolution = num_draws, beta, resolution
         self.coordinates = ScoringCoordinates()
 
     def __call__(
@@ -80,7 +81,7 @@ class Sleeper:
         if part != "all":
             blocks = {key: found for key, found in blocks.items() if bool(found[1]) == (part == "locals")}
         nodes = seen.nodes
-        self.coordinates.estimate(blocks, nodes, pairs, relative, self.beta)
+        self.coordinates.estimate(blocks, nodes, pairs, relative, self.beta, self.resolution)
         scores = {}
         for key, (names, plates) in blocks.items():
             counted = _counted(seen, names, plates, structure)
@@ -93,7 +94,8 @@ class Sleeper:
                 score = self._score_states(names[0], fn, at_truth, pairs, nodes, plates)
             else:
                 joint = torch.cat([columns(name, drawn[name][1]) for name in names], -1)
-                score = energy_score(joint.reshape(self.num_draws, -1, *joint.shape[1:]), at_truth, self.beta)
+                joint = joint.reshape(self.num_draws, -1, *joint.shape[1:])
+                score = energy_score(joint, at_truth, self.beta, self.resolution)
             score = _averaged(score, pairs.weights, counted)
             if not bool(score.detach().isfinite()):
                 raise NonFiniteError(
@@ -136,7 +138,7 @@ class Sleeper:
         # Given the truth above, the law is that of every draw.
         probabilities = probabilities.reshape(-1, len(pairs), *probabilities.shape[len(lead) :])[0]
         laid_out = probabilities.reshape(len(pairs), -1, len(flat))
-        return expected_energy_score(states, laid_out, at_truth, self.beta)
+        return expected_energy_score(states, laid_out, at_truth, self.beta, self.resolution)
 
     # Showing the data and drawing.
 

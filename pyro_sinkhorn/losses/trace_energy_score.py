@@ -32,7 +32,7 @@ from pyro_sinkhorn.losses.sleep import Sleeper
 from pyro_sinkhorn.structure import Plate, Structure, innermost, sample_sites, structure_of
 
 #: Data sets simulated a step where there are globals, and pairs where there are none.
-_DATA_SETS, _PAIRS = 64, 256
+_DATA_SETS, _PAIRS = 128, 128
 
 
 class Trace_EnergyScore(SinkhornLoss):
@@ -66,8 +66,12 @@ class Trace_EnergyScore(SinkhornLoss):
 
     :param num_draws: guide draws of every pair; more reduce the variance of the gradient and cost guide passes only
     :param beta: exponent of the distance, between 0 and 2; 1 by default. At 2 only means would count
+    :param resolution: a second score, with :math:`\tfrac12\log(1+\|\cdot\|^2/h^2)` in place of the power, is added to see
+        details down to this share h of the prior's standard deviation, such as a posterior much narrower than its prior.
+        None for the energy score alone
     :param wake: whether the program learns
-    :param num_simulations: data sets simulated a step; default 64 where there are globals, else as many as make 256 pairs
+    :param num_simulations: data sets simulated a step; default 128 where there are globals, else as many as
+        make 128 pairs
     :param prior_weight: of the match of density-free priors, per datum
     :param vectorize: simulate data sets side by side in a plate; None (default) checks whether the model allows it
     :param num_particles: guide draws of the wake step
@@ -99,6 +103,7 @@ class Trace_EnergyScore(SinkhornLoss):
         self,
         num_draws: int = 8,
         beta: float = 1.0,
+        resolution: float | None = 0.03,
         wake: bool = True,
         num_simulations: int | None = None,
         prior_weight: float = 10.0,
@@ -116,10 +121,12 @@ class Trace_EnergyScore(SinkhornLoss):
             )
         if not (prior_weight >= 0 and math.isfinite(prior_weight)):
             raise ValueError(f"prior_weight is {prior_weight}: expected a number of at least 0")
+        if resolution is not None and not (resolution > 0 and math.isfinite(resolution)):
+            raise ValueError(f"resolution is {resolution}: expected a positive number, or None")
         super().__init__(LatentMatch(MatchOptions()), num_particles, False, max_plate_nesting, retain_graph)
-        self.num_draws, self.beta, self.wake = num_draws, beta, wake
+        self.num_draws, self.beta, self.resolution, self.wake = num_draws, beta, resolution, wake
         self.num_simulations, self.prior_weight, self.vectorize = num_simulations, prior_weight, vectorize
-        self.sleeper = Sleeper(num_draws, beta)
+        self.sleeper = Sleeper(num_draws, beta, resolution)
         self.simulator = Simulator(vectorize)
         self._warned: set[str] = set()
         self._follows: dict[str, bool] = {}
@@ -129,6 +136,7 @@ class Trace_EnergyScore(SinkhornLoss):
         return {
             "num_draws": self.num_draws,
             "beta": self.beta,
+            "resolution": self.resolution,
             "wake": self.wake,
             "num_simulations": self.num_simulations,
             "prior_weight": self.prior_weight,
