@@ -20,6 +20,7 @@ from pyro_sinkhorn.losses.base import SinkhornLoss
 from pyro_sinkhorn.losses.trace_data_sinkhorn import Trace_DataSinkhorn
 from pyro_sinkhorn.losses.trace_energy_score import Trace_EnergyScore
 from pyro_sinkhorn.losses.trace_enum_sinkhorn import TraceEnum_Sinkhorn
+from pyro_sinkhorn.losses.trace_joint_sinkhorn import Trace_JointSinkhorn
 from pyro_sinkhorn.losses.trace_sinkhorn import Trace_Sinkhorn
 from pyro_sinkhorn.modules import Owned, shared_copy
 from pyro_sinkhorn.rng import RandomStream, undisturbed
@@ -170,7 +171,14 @@ def _make_lazy_parameters(module: nn.Module) -> None:
 
 #: Losses that a file can describe.
 _LOSSES: dict[str, type[SinkhornLoss]] = {
-    cls.__name__: cls for cls in (Trace_Sinkhorn, TraceEnum_Sinkhorn, Trace_DataSinkhorn, Trace_EnergyScore)
+    cls.__name__: cls
+    for cls in (
+        Trace_Sinkhorn,
+        TraceEnum_Sinkhorn,
+        Trace_DataSinkhorn,
+        Trace_EnergyScore,
+        Trace_JointSinkhorn,
+    )
 }
 
 

@@ -33,6 +33,7 @@ def test_public_methods_of_a_program_have_docstrings():
         AutoImplicit,
         SinkhornProgram,
         Trace_DataSinkhorn,
+        Trace_JointSinkhorn,
         Trace_Sinkhorn,
         TraceEnum_Sinkhorn,
     )
@@ -44,6 +45,7 @@ def test_public_methods_of_a_program_have_docstrings():
         Trace_Sinkhorn,
         TraceEnum_Sinkhorn,
         Trace_DataSinkhorn,
+        Trace_JointSinkhorn,
         LearnedCost,
     ):
         for name, member in vars(cls).items():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_sinkhorn.errors import ProgramError, checked_integer
@@ -25,22 +27,24 @@ from pyro_sinkhorn.losses.scoring import (
     run_scored,
     scored_sites,
 )
+from pyro_sinkhorn.losses.simulation import Simulation
 from pyro_sinkhorn.losses.trace_data_sinkhorn import Trace_DataSinkhorn
+from pyro_sinkhorn.losses.trace_joint_sinkhorn import Trace_JointSinkhorn
 from pyro_sinkhorn.losses.trace_sinkhorn import Trace_Sinkhorn
-from pyro_sinkhorn.runs import run_model
+from pyro_sinkhorn.runs import run_model, subsamples
 from pyro_sinkhorn.structure import Group, structure_of
 
 
 @dataclass(frozen=True)
 class GroupReport:
-    """One group: latents, or observed sites where simulated data are compared.
+    """One group: latents, observed sites where simulated data are compared, or both where joints are.
 
-    match:             normalised divergence between aggregated posterior and prior, or simulated data and data; mean of
-                       several evaluations
+    match:             normalised divergence between aggregated posterior and prior, simulated data and data, or their
+                       joints; mean of several evaluations
     floor, floor_sd:   mean and standard deviation of the same statistic between independent prior clouds, or simulations
     z:                 distance from the floor in standard errors of the difference of the two means
     encoder_variance:  share of the latents' variance that is noise of the encoder, 0 for a deterministic one; None for
-                       observed sites
+                       observed sites alone
     """
 
     name: str
@@ -60,6 +64,7 @@ class MatchReport:
     n_data:          data that were encoded, or compared
     match_size:      units in each half-cloud: the floor shrinks as it grows
     covariates:      what was appended to the clouds of a conditional simulator
+    joint:           whether data were compared together with their latents
     lost_mass:       of counts, the prior's mass beyond the states that the guide produces
     """
 
@@ -69,6 +74,7 @@ class MatchReport:
     match_size: int
     covariates: tuple[str, ...] = ()
     lost_mass: dict[str, float] = field(default_factory=dict)
+    joint: bool = False
 
     def __str__(self) -> str:
         width = max([20, *(len(g.name) for g in self.groups)])
@@ -77,7 +83,8 @@ class MatchReport:
         )
         lines = [f"{self.n_data:.0f} data{described}; match at size {self.match_size}"]
         if self.groups:
-            encoder = "" if self.reconstruction is None else f" {'encoder var':>12}"
+            known = any(g.encoder_variance is not None for g in self.groups)
+            encoder = f" {'encoder var':>12}" if known else ""
             lines.append(f"{'group':<{width}} {'match':>9} {'floor':>9} {'± sd':>8} {'z':>7}{encoder}")
         for g in self.groups:
             encoder = "" if g.encoder_variance is None else f" {g.encoder_variance:>12.3f}"
@@ -95,7 +102,12 @@ class MatchReport:
         for name, lost in self.lost_mass.items():
             notes.append(f"{name}: its states are cut off where {lost:.1e} of the prior's mass is left")
         for g in self.groups:
-            if g.z > 5 and g.encoder_variance is None:
+            if g.z > 5 and self.joint:
+                notes.append(
+                    f"{g.name}: data with the guide's latents are not pairs of the program, so its draws are no posterior; "
+                    "train on, or the program cannot make these data"
+                )
+            elif g.z > 5 and g.encoder_variance is None:
                 notes.append(
                     f"{g.name}: the simulated data are not the data; train on, or the program is too simple"
                 )
@@ -131,7 +143,8 @@ def match_report(
 
     :param args: arguments of the model; at least twice ``match_size`` data for a stable number
     :param loss: the loss whose match to report; default ``Trace_Sinkhorn()``. With a ``Trace_DataSinkhorn`` the match is
-        that of simulated data to data, and its floor is that between independent simulations
+        that of simulated data to data, with a ``Trace_JointSinkhorn`` that of the joints with the latents; the floor is
+        then that between independent simulations
     :param num_floor: evaluations of match and floor each, at least 2
     :param num_draws: guide draws for the encoder's variance, at least 2
     :raises ProgramError: model, guide and data do not fit together
@@ -152,8 +165,8 @@ def match_report(
     )
     # A copy, since what a report meets first must not become the unit of later training.
     loss = copy.deepcopy(loss or Trace_Sinkhorn())
-    if isinstance(loss, Trace_DataSinkhorn):
-        return _report_of_data(loss, model, guide, args, kwargs, num_floor)
+    if isinstance(loss, Trace_DataSinkhorn | Trace_JointSinkhorn):
+        return _report_of_data(loss, model, guide, args, kwargs, num_floor, num_draws)
     if not isinstance(loss, Trace_Sinkhorn):
         raise ProgramError(f"there is no report of the match of a {type(loss).__name__}")
     latent_match = loss.latent_match
@@ -166,9 +179,11 @@ def match_report(
         reconstructions.append(-float(log_density(call.scored, scored_sites(call.scored), "model")) / n_data)
         matches.append(latent_match(call))
         floors.append(latent_match.floor(call))
-    clouds = _draws_of_the_same_data(call, guide, num_draws)
+    values = fixed_values(call.structure, call.scored)
+    traces = _draws_of_the_same_data(call, values, guide, num_draws)
 
     def noise(name: str) -> float:
+        clouds = [dataclasses.replace(call, scored=one) for one in traces]
         return _noise_share(torch.stack([latent_match.coordinates(one, name) for one in clouds]))
 
     size = _size(latent_match.options, call.structure.groups)
@@ -182,24 +197,37 @@ def match_report(
 
 
 def _report_of_data(
-    loss: Trace_DataSinkhorn, model: Callable[..., Any], guide: Any, args: Any, kwargs: Any, num_floor: int
+    loss: Trace_DataSinkhorn | Trace_JointSinkhorn,
+    model: Callable[..., Any],
+    guide: Any,
+    args: Any,
+    kwargs: Any,
+    num_floor: int,
+    num_draws: int,
 ) -> MatchReport:
-    """Simulated data against data, and against themselves."""
-    data_match = loss.data_match
+    """Simulated data, or pairs, against those at hand, and against themselves."""
+    matcher = loss.matcher
     for network in loss.modules().values():
         network.eval()
     matches, floors = [], []
     for _ in range(num_floor):
         call = loss.simulation(model, guide, args, kwargs)
-        matches.append(data_match(call))
-        floors.append(data_match.floor(call))
-    n_data = number_of_data(call.observed, call.structure)
+        matches.append(matcher(call))
+        floors.append(matcher.floor(call))
+    joint = isinstance(loss, Trace_JointSinkhorn)
+    traces = _draws_of_the_same_data(call, subsamples(call.simulated), guide, num_draws) if joint else []
+
+    def noise(name: str) -> float | None:
+        draws = [rows for one in traces if (rows := matcher.coordinates(call, one, name)) is not None]
+        return _noise_share(torch.stack(draws)) if draws else None
+
     return MatchReport(
         reconstruction=None,
-        groups=_compared(matches, floors, lambda name: None, one_sample=True),
-        n_data=n_data,
-        match_size=_size(data_match.options, call.groups),
-        covariates=data_match.covariate_names(call),
+        groups=_compared(matches, floors, noise, one_sample=True),
+        n_data=number_of_data(call.observed, call.structure),
+        match_size=_size(matcher.options, call.groups),
+        covariates=matcher.covariate_names(call),
+        joint=joint,
     )
 
 
@@ -246,15 +274,18 @@ def _call(model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwarg
     return Call(model, args, kwargs, structure, scored)
 
 
-def _draws_of_the_same_data(call: Call, guide: Callable[..., Any], num_draws: int) -> list[Call]:
-    """Calls that differ in the local latents alone: sub-samples and globals are those of the first."""
-    values = fixed_values(call.structure, call.scored)
-    calls = []
+def _draws_of_the_same_data(
+    call: Call | Simulation, values: dict[str, Tensor], guide: Callable[..., Any], num_draws: int
+) -> list[Trace]:
+    """Runs that differ in the local latents alone.
+
+    :param values: of sub-samples and globals, those of the call
+    """
+    traces = []
     for _ in range(num_draws):
         guide_trace = run_model(guide, call.args, call.kwargs, values=values)
-        scored = run_scored(call.model, guide_trace, call.args, call.kwargs)
-        calls.append(Call(call.model, call.args, call.kwargs, call.structure, scored))
-    return calls
+        traces.append(run_scored(call.model, guide_trace, call.args, call.kwargs))
+    return traces
 
 
 def _noise_share(draws: Tensor) -> float:

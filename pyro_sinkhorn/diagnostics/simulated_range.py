@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_sinkhorn.losses.data_match import data_geometry
+from pyro_sinkhorn.losses.data_columns import data_geometry
 from pyro_sinkhorn.losses.pairs import Pairs, Simulator
 from pyro_sinkhorn.structure import Structure
 

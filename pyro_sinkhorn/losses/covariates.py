@@ -74,7 +74,9 @@ def _given(given: Callable[..., Tensor], call: Simulation, group: Group) -> list
 def _candidates(call: Simulation, group: Group) -> list[tuple[str, Tensor]]:
     """Floating arguments as long as the outermost plate that hold no observed data."""
     indices = subsamples(call.simulated)
-    observed = [call.observed.nodes[name]["value"] for name in call.structure.data]
+    sites = [call.observed.nodes[name] for name in call.structure.data]
+    # As they were given: what is missing may have been filled in.
+    observed = [site["infer"].get("obs", site["value"]) for site in sites]
     found = []
     for path, value in tensors_of(call.args, call.kwargs):
         if not value.dim() or not value.is_floating_point():
@@ -104,7 +106,8 @@ def _is_source(value: Tensor, data: Tensor, plates: tuple[Plate, ...], indices: 
 def _same(a: Tensor, b: Tensor) -> bool:
     if a.numel() != b.numel() or a.device != b.device:
         return False
-    return bool((a.reshape(-1).to(b.dtype) == b.reshape(-1)).all())
+    a, b = a.reshape(-1).to(b.dtype), b.reshape(-1)
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def _rows(value: Tensor, plates: tuple[Plate, ...], indices: dict[str, Tensor]) -> Tensor | None:

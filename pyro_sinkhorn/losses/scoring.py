@@ -184,22 +184,29 @@ class _CheckShapes(Messenger):
         self.guide = guide
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        name, fn, value = msg["name"], msg["fn"], msg["value"]
-        if name not in self.guide.nodes or msg["is_observed"] or isinstance(fn, _Subsample):
-            return
-        shape, event_dim = tuple(value.shape), len(fn.event_shape)
-        if shape[max(len(shape) - event_dim, 0) :] != tuple(fn.event_shape):
+        if msg["name"] in self.guide.nodes and not (msg["is_observed"] or isinstance(msg["fn"], _Subsample)):
+            check_latent_shape(msg, msg["value"])
+
+
+def check_latent_shape(site: Site, value: Tensor) -> None:
+    """A guide's value of a latent must have the shape of the model's site.
+
+    :raises ProgramError: naming the site
+    """
+    name, fn = site["name"], site["fn"]
+    shape, event_dim = tuple(value.shape), len(fn.event_shape)
+    if shape[max(len(shape) - event_dim, 0) :] != tuple(fn.event_shape):
+        raise ProgramError(
+            f"latent site {name!r}: the guide gives values of shape {shape}, but the prior, a {_kind(fn)}, has the "
+            f"event shape {tuple(fn.event_shape)}: the last {event_dim} dimensions must be equal to it"
+        )
+    for plate in plates_of(site):
+        axis = len(shape) - event_dim + plate.dim
+        if axis >= 0 and shape[axis] not in (1, plate.size):
             raise ProgramError(
-                f"latent site {name!r}: the guide gives values of shape {shape}, but the prior, a {_kind(fn)}, has the "
-                f"event shape {tuple(fn.event_shape)}: the last {event_dim} dimensions must be equal to it"
+                f"latent site {name!r}: the guide gives values of shape {shape}, of which plate {plate.name!r} of the "
+                f"model holds {shape[axis]} slices, not its {plate.size}"
             )
-        for plate in plates_of(msg):
-            axis = len(shape) - event_dim + plate.dim
-            if axis >= 0 and shape[axis] not in (1, plate.size):
-                raise ProgramError(
-                    f"latent site {name!r}: the guide gives values of shape {shape}, of which plate {plate.name!r} of the "
-                    f"model holds {shape[axis]} slices, not its {plate.size}"
-                )
 
 
 def number_of_data(model: Trace, structure: Structure) -> float:

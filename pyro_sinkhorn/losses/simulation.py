@@ -26,11 +26,13 @@ from pyro_sinkhorn.runs import Resample, run_model, subsamples
 from pyro_sinkhorn.structure import (
     PARTICLE_PLATE,
     Group,
+    Site,
     Structure,
     innermost,
     is_latent,
     parameters_of,
     plates_of,
+    present_of,
     sample_sites,
     structure_of,
 )
@@ -66,24 +68,39 @@ def run_simulated(model: Any, guide: Trace, args: tuple[Any, ...], kwargs: dict[
     return tracer.trace
 
 
-def simulation_of(model: Any, simulated: Trace, guide: Trace, args: Any, kwargs: Any) -> Simulation:
+def simulation_of(
+    model: Any,
+    simulated: Trace,
+    guide: Trace,
+    args: Any,
+    kwargs: Any,
+    check_guide: Callable[[Trace, Structure], None] | None = None,
+) -> Simulation:
     """Put a run of :func:`run_simulated` beside its data.
 
+    :param check_guide: what the guide must be; by default it infers globals alone
     :raises ProgramError: they do not fit together, or the guide does not fit the model; naming the site
     :raises NonFiniteError: data or simulated data are NaN or infinite
     """
-    observed = simulated.copy()
-    for name, site in sample_sites(simulated):
-        if site["infer"].get("was_observed"):
-            observed.nodes[name] = {**site, "value": site["infer"]["obs"], "is_observed": True}
+    observed = with_data(simulated)
     structure = structure_of(observed)
-    _check_guide(guide, structure)
+    (check_guide or _check_guide)(guide, structure)
     members: dict[Any, list[str]] = {}
     for name in structure.data:
+        _fill_missing(simulated.nodes[name], observed.nodes[name])
         members.setdefault(plates_of(observed.nodes[name]), []).append(name)
         _check_data(name, simulated, observed)
     groups = tuple(Group(tuple(members[stack]), stack) for stack in sorted(members, key=len))
     return Simulation(model, args, kwargs, structure, groups, simulated, observed)
+
+
+def with_data(simulated: Trace) -> Trace:
+    """A run of :func:`run_simulated` with the observed values in place of the simulated ones."""
+    observed = simulated.copy()
+    for name, site in sample_sites(simulated):
+        if site["infer"].get("was_observed"):
+            observed.nodes[name] = {**site, "value": site["infer"]["obs"], "is_observed": True}
+    return observed
 
 
 def check_gradient(call: Simulation) -> None:
@@ -95,7 +112,21 @@ def check_gradient(call: Simulation) -> None:
     if any(site["value"].requires_grad for site in sites.values()):
         return
     name, site = next(iter(sites.items()))
-    fn, value = innermost(site["fn"]), site["value"]
+    kind, value = type(innermost(site["fn"])).__name__, site["value"]
+    raise ProgramError(
+        f"observed site {name!r}: the simulated data ({kind}, shape {tuple(value.shape)}, {value.dtype}) carry no gradient, "
+        f"so nothing can be learned by comparing them with the data. The cause: {why_no_gradient(call, name)}. Two ways "
+        "out: (1) write the simulator as torch functions of its parameters and of noise that does not depend on them "
+        "(rsample, reparametrised or relaxed distributions), without .detach(), no_grad, NumPy, rounding or comparisons on "
+        "the way; (2) keep the simulator and minimise loss.loss(model, guide, *args), which needs no gradient, with a "
+        "derivative-free optimiser such as scipy.optimize.minimize(method='Nelder-Mead')"
+    )
+
+
+def why_no_gradient(call: Simulation, name: str) -> str:
+    """Why the simulated values of an observed site carry none, in words."""
+    site = call.simulated.nodes[name]
+    fn = innermost(site["fn"])
     kind = type(fn).__name__
     learned = [n for n, node in call.simulated.nodes.items() if node["type"] == "param"]
     unreparametrised = [
@@ -113,14 +144,7 @@ def check_gradient(call: Simulation) -> None:
         reason = f"the parameters of its {kind} do not depend, for autograd, on the parameters {learned}"
     if unreparametrised and learned:
         reason += f"; the latents {unreparametrised} pass none on either"
-    raise ProgramError(
-        f"observed site {name!r}: the simulated data ({kind}, shape {tuple(value.shape)}, {value.dtype}) carry no gradient, "
-        f"so nothing can be learned by comparing them with the data. The cause: {reason}. Two ways out: (1) write the "
-        "simulator as torch functions of its parameters and of noise that does not depend on them (rsample, "
-        "reparametrised or relaxed distributions), without .detach(), no_grad, NumPy, rounding or comparisons on the "
-        "way; (2) keep the simulator and minimise loss.loss(model, guide, *args), which needs no gradient, with a "
-        "derivative-free optimiser such as scipy.optimize.minimize(method='Nelder-Mead')"
-    )
+    return reason
 
 
 def _check_guide(guide: Trace, structure: Structure) -> None:
@@ -150,6 +174,17 @@ def _check_guide(guide: Trace, structure: Structure) -> None:
         raise ProgramError(
             f"the guide samples {unknown}, which are not latents of the model {structure.latents}"
         )
+
+
+def _fill_missing(simulated: Site, observed: Site) -> None:
+    """Put simulated values in place of NaN and infinities that a mask hides: they do not count, but would spoil sums."""
+    value, present = observed["value"], present_of(observed)
+    if present is None or not isinstance(value, Tensor) or value.shape != simulated["value"].shape:
+        return
+    event = [1] * len(observed["fn"].event_shape)
+    hidden = ~present.reshape([*present.shape, *event]) & ~value.isfinite()
+    if bool(hidden.any()):
+        observed["value"] = torch.where(hidden, simulated["value"].detach().to(value), value)
 
 
 def _check_data(name: str, simulated: Trace, observed: Trace) -> None:

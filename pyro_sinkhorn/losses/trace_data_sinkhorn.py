@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from pyro_sinkhorn.errors import NonFiniteError
 from pyro_sinkhorn.losses.base import Batch, SinkhornLoss, Terms
 from pyro_sinkhorn.losses.covariates import Covariates
-from pyro_sinkhorn.losses.data_match import DataMatch, Scale
+from pyro_sinkhorn.losses.data_columns import Scale
+from pyro_sinkhorn.losses.data_match import DataMatch
 from pyro_sinkhorn.losses.latent_match import GroupMatch
 from pyro_sinkhorn.losses.learned_cost import LearnedCost
 from pyro_sinkhorn.losses.matching import MatchOptions
