@@ -193,7 +193,7 @@ class Trace_EnergyScore(SinkhornLoss):
         if not (structure.globals and len(outermost) == 1 and getattr(guide, "autoregressive", False)):
             return None
         plate = next(iter(outermost))
-        few = max(math.ceil(2 * _PAIRS / len(pairs)), 2)
+        few = math.ceil(_PAIRS / len(pairs))
         if plate.size < 2 * few or set(structure.data_plates) != {
             p for g in structure.groups for p in g.plates
         }:
