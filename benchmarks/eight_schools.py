@@ -4,7 +4,7 @@
     python benchmarks/eight_schools.py --smoke-test
 
 mu ~ N(0, 5), tau ~ HalfCauchy(5), theta_j ~ N(mu, tau), y_j ~ N(theta_j, sigma_j). The guide sees simulated data sets only;
-then the classic data. Goals: all ten posterior means within .15 reference standard deviations, standard deviations within 15%.
+then the classic data. Goals: posterior means within .15 reference standard deviations, standard deviations within 15%.
 """
 
 from __future__ import annotations

@@ -16,15 +16,10 @@ from tqdm.auto import tqdm
 
 from pyro_sinkhorn import optimiser, snapshot, state
 from pyro_sinkhorn.calibration import Calibration, calibrate, posterior_guide_for, undone_on_error
-from pyro_sinkhorn.errors import checked_integer
+from pyro_sinkhorn.errors import ProgramError, checked_integer
 from pyro_sinkhorn.losses.base import SinkhornLoss
 from pyro_sinkhorn.losses.trace_energy_score import Trace_EnergyScore
-from pyro_sinkhorn.modules import (
-    Owned,
-    shared_copy,
-    submodule_pairs,
-    training_mode,
-)
+from pyro_sinkhorn.modules import Owned, shared_copy, submodule_pairs, training_mode
 from pyro_sinkhorn.parts import checked_parts, guide_for, loss_for
 from pyro_sinkhorn.queries import Queries
 from pyro_sinkhorn.reachable import find_modules
@@ -215,6 +210,10 @@ class SinkhornProgram(Queries):
         if seed is not None or self.stream is None:
             self.stream = RandomStream(seed)
         own = isinstance(self.loss, Trace_EnergyScore)
+        if not isinstance(loss, Trace_EnergyScore | None):
+            raise ProgramError(
+                f"calibrate() got the loss {loss!r}: expected a Trace_EnergyScore, or None for its default"
+            )
         loss = loss or (self.loss if own else Trace_EnergyScore(wake=False))
         before = self.calibration
         if guide is not None or self.calibration is None:

@@ -225,6 +225,15 @@ def _look(model: Callable[..., Any], batches: Minibatches, size: int) -> tuple[T
     return trace, structure_of(trace)
 
 
+def _refuse_minibatches(model: Callable[..., Any], batches: Minibatches, loss: Any) -> None:
+    _, structure = _look(model, batches, batches.batch_size)
+    if structure.globals:
+        raise ProgramError(
+            f"{type(loss).__name__} reads the globals {list(structure.globals)} off whole data sets, but batch_size="
+            f"{batches.batch_size} shows {batches.batch_size} of {batches.n} data at a time: pass batch_size=None"
+        )
+
+
 def step(
     loss: Any, model: Callable[..., Any], guide: Callable[..., Any], optim: PyroOptim, args: Any, kwargs: Any
 ) -> float:
@@ -280,6 +289,8 @@ class Trainer:
         self.loss, self.optim, self.batches, self.modules = loss, optim, batches, modules
         _wake(guide, batches)
         scale = data_scale(model, batches)
+        if scale is not None and getattr(loss, "whole_data_sets", False):
+            _refuse_minibatches(model, batches, loss)
         batches.replace = (
             isinstance(loss, SinkhornLoss) and loss.replaces_data and _may_replace(model, batches)
         )

@@ -179,15 +179,25 @@ def vectorises(
         torch.set_rng_state(state)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            inside = run_model(
-                in_plate(model, Plate(DATA_SETS, -(nesting + 1), 1, 1)), args, kwargs, values=dict(indices)
+            inside, two = (
+                run_model(
+                    in_plate(model, Plate(DATA_SETS, -(nesting + 1), n, n)),
+                    args,
+                    kwargs,
+                    values=dict(indices),
+                )
+                for n in (1, 2)
             )
     except Exception:  # whatever a model does with a dimension that it did not expect
         return False
     finally:
         torch.set_rng_state(after)
     for name, site in sample_sites(plain):
-        if name not in inside.nodes:
+        if name not in inside.nodes or name not in two.nodes:
+            return False
+        # A dimension too many vanishes in a reshape of one data set, and a missing one in the plate's expansion.
+        batch = two.nodes[name]["value"].shape[: two.nodes[name]["value"].dim() - len(site["fn"].event_shape)]
+        if len(batch) > nesting + 1 or (len(batch) == nesting + 1 and batch[0] not in (1, 2)):
             return False
         one, other = _packed(site, 1, nesting), _packed(inside.nodes[name], 1, nesting)
         if one.shape != other.shape or not torch.allclose(
