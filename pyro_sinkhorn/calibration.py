@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from pyro_sinkhorn.averaging import Average, Keeper
 from pyro_sinkhorn.errors import NonFiniteError, ProgramError, checked_integer
 from pyro_sinkhorn.guide.auto_implicit import AutoImplicit
 from pyro_sinkhorn.guide.auto_posterior import AutoPosterior
@@ -32,6 +35,8 @@ class Calibration:
     held_out:     ``(step, score)`` on simulations that were kept out, where their number was fixed
     num_steps:    steps so far
     num_simulations: data simulated so far, data sets where there are globals
+    program_steps: steps that the program had been fitted for: what the guide is the posterior of
+    given:        whether the guide is one of the user's
     """
 
     guide: Any
@@ -40,6 +45,8 @@ class Calibration:
     held_out: list[tuple[int, float]] = field(default_factory=list)
     num_steps: int = 0
     num_simulations: int = 0
+    program_steps: int = 0
+    given: bool = False
 
     def __repr__(self) -> str:
         if not self.energy:
@@ -56,21 +63,44 @@ def posterior_guide_for(guide: Any, model: Callable[..., Any], fitted: Any) -> A
 
     :param fitted: the guide of ``fit``, whose encoder the default one starts from
 
-    :raises ProgramError: it has nothing to train
     """
     if guide is not None:
-        made = made_guide(guide, model)
-        if not isinstance(made, nn.Module):
-            raise ProgramError(
-                f"the posterior guide is a {type(made).__name__}: expected a module, such as a PyroModule, whose "
-                "parameters can be trained"
-            )
-        return made
+        return made_guide(guide, model)
     own = getattr(fitted, "encoder", None) if isinstance(fitted, AutoImplicit) else None
     made = AutoPosterior(model, copy.deepcopy(own))
     if isinstance(fitted, AutoImplicit) and own is None:
         made.start_from(fitted)
     return made
+
+
+def calibration_for(before: Calibration | None, guide: Any, loss: Any, program: Any) -> Calibration:
+    """What a call of ``calibrate`` goes on with: the calibration before, or one of a guide that was given.
+
+    :param loss: as given; None for that of before, the program's own, or a new one
+    :raises ProgramError: the loss or the guide is none that can be calibrated with
+    """
+    if loss is not None and not isinstance(loss, Trace_EnergyScore):
+        raise ProgramError(
+            f"the loss of a calibration is {loss!r}: expected an instance of Trace_EnergyScore, which scores draws on "
+            "simulated pairs"
+        )
+    own = isinstance(program.loss, Trace_EnergyScore)
+    if guide is not None or before is None:
+        shared = own and guide is None
+        made = program.guide if shared else posterior_guide_for(guide, program.model, program.guide)
+        _check_trainable(made)
+        loss_of_own = program.loss if own else Trace_EnergyScore(wake=False)
+        before = Calibration(made, loss_of_own, given=guide is not None)
+    # A loss given may belong to others, too.
+    return before if loss is None else dataclasses.replace(before, loss=loss.fresh())
+
+
+def _check_trainable(guide: Any) -> None:
+    if not isinstance(guide, nn.Module):
+        raise ProgramError(
+            f"the posterior guide is a {type(guide).__name__}: expected a module, such as a PyroModule, whose parameters can "
+            "be trained; fit() with Trace_EnergyScore trains guides of any kind"
+        )
 
 
 @contextmanager
@@ -104,10 +134,14 @@ def calibrate(
 
     :raises NonFiniteError: a score or gradient is NaN or infinite; the guide keeps the last good state
     """
-    num_steps = checked_integer("num_steps", num_steps, 1)
     num_rounds = checked_integer("num_rounds", num_rounds, 1)
+    num_steps = checked_integer("num_steps", num_steps, num_rounds)
     if num_simulations is not None:
-        num_simulations = checked_integer("num_simulations", num_simulations, 2)
+        num_simulations = checked_integer("num_simulations", num_simulations, 2 * num_rounds)
+    if not 0 < prior_share <= 1:
+        raise ProgramError(f"prior_share is {prior_share}: expected a number above 0 and at most 1")
+    if num_rounds > 1 and sizes is not None:
+        raise ProgramError("num_rounds looks at one data set, sizes= at many: give one of the two")
     simulations = Simulations(model, calibration.loss, args, kwargs, num_simulations, sizes)
     guide = calibration.guide
     with tqdm(total=num_steps, disable=not progress, desc="calibrate", unit="step") as bar:
@@ -141,7 +175,7 @@ def _round(
         optim,
         lambda i: min((i + 1) / warm_up, 1.0) * 0.5 * (1 + math.cos(math.pi * min(i / num_steps, 1.0))),
     )
-    keeper = _Keeper(guide, _Average(parameters))
+    keeper = Keeper(guide, Average(parameters))
     every = max(num_steps // 20, 1)
     for i in range(num_steps):
         chunk = first if i == 0 else next(chunks)
@@ -201,79 +235,36 @@ def _held_out_scores(loss: Trace_EnergyScore, model: Any, guide: Any, chunks: li
     return torch.stack(scores)
 
 
-class _Average:
-    """Running average of the last thousand states, which is less noisy than any of them (Polyak and Juditsky 1992)."""
-
-    def __init__(self, parameters: list[Tensor]) -> None:
-        self.parameters = parameters
-        self.values = [p.detach().clone() for p in parameters]
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        keep = min(0.999, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.values, [p.detach() for p in self.parameters], 1 - keep)
-
-    @contextmanager
-    def lent(self) -> Iterator[None]:
-        """The guide has the averages inside."""
-        own = [p.detach().clone() for p in self.parameters]
-        self._give(self.values)
-        try:
-            yield
-        finally:
-            self._give(own)
-
-    @torch.no_grad()
-    def _give(self, values: list[Tensor]) -> None:
-        for parameter, value in zip(self.parameters, values, strict=True):
-            parameter.copy_(value)
-
-
-class _Keeper:
-    """The state to end with: the average at the end, or an earlier one that was clearly better on what was held out.
-
-    Held-out scores are flat and noisy near the end; the best of them is often not the best state. So an earlier one wins only
-    where its score is better by two standard errors of the difference: where few simulations were learned by heart.
-    """
-
-    def __init__(self, guide: nn.Module, average: _Average) -> None:
-        self.guide, self.average = guide, average
-        self.best: Tensor | None = None
-        self.last: Tensor | None = None
-        self.state: dict[str, Any] | None = None
-
-    def offer(self, scores: Tensor) -> None:
-        self.last = scores
-        if self.best is None or scores.mean() < self.best.mean():
-            self.best, self.state = scores, copy.deepcopy(self.guide.state_dict())
-
-    def settle(self) -> None:
-        self.average._give(self.average.values)
-        if self.state is None or self.best is None or self.last is None:
-            return
-        worse = self.last - self.best
-        error = float(worse.std()) / math.sqrt(len(worse)) if len(worse) > 1 else math.inf
-        if float(worse.mean()) > 2 * error:
-            self.guide.load_state_dict(self.state)
-
-
 def state_of(calibration: Calibration, fitted: Any) -> dict[str, Any]:
     """What a calibration has learned, as tensors and numbers.
 
     :param fitted: the guide of the program, which a calibration may share
     """
-    shared = calibration.guide is fitted
+    guide = calibration.guide
+    shared = guide is fitted
+    options: dict[str, Any] | None = dict(guide.options) if type(guide) is AutoPosterior else None
+    if options and (callable(options["covariates"]) or (calibration.given and guide.encoder is not None)):
+        options = None
     return {
-        "guide": {} if shared else dict(calibration.guide.state_dict()),
+        "guide": {} if shared else dict(guide.state_dict()),
         "shared": shared,
-        "class": type(calibration.guide).__name__,
+        "class": type(guide).__name__,
+        "options": options,
+        "given": calibration.given,
         "config": calibration.loss.config(),
         "loss": calibration.loss.state(),
         "energy": torch.tensor(calibration.energy, dtype=torch.float64),
         "held_out": torch.tensor(calibration.held_out, dtype=torch.float64).reshape(-1, 2),
         "num_steps": calibration.num_steps,
         "num_simulations": calibration.num_simulations,
+        "program_steps": calibration.program_steps,
     }
+
+
+def copied(calibration: Calibration, guide: Any, loss: Trace_EnergyScore) -> Calibration:
+    """One that goes on by itself with another guide and loss."""
+    energy, held_out = list(calibration.energy), list(calibration.held_out)
+    return dataclasses.replace(calibration, guide=guide, loss=loss, energy=energy, held_out=held_out)
 
 
 def restored(saved: dict[str, Any], model: Callable[..., Any], fitted: Any, loss: Any) -> Calibration:
@@ -281,12 +272,15 @@ def restored(saved: dict[str, Any], model: Callable[..., Any], fitted: Any, loss
 
     :raises ValueError: the posterior guide was one of the user's, which only its code can make
     """
-    if not saved["shared"] and saved["class"] != AutoPosterior.__name__:
+    if not saved["shared"] and saved["options"] is None:
         raise ValueError(
-            f"the program was calibrated with a guide of its own, a {saved['class']}: calibrate again after loading, or keep "
-            "the guide as the guide of a program with Trace_EnergyScore"
+            f"the program was calibrated with a guide of its own, a {saved['class']} made by the user's code: "
+            "calibrate again after loading, or keep the guide as the guide of a program with Trace_EnergyScore"
         )
-    guide = fitted if saved["shared"] else posterior_guide_for(None, model, fitted)
+    like = (
+        functools.partial(AutoPosterior, **saved["options"]) if saved["given"] and saved["options"] else None
+    )
+    guide = fitted if saved["shared"] else posterior_guide_for(like, model, fitted)
     if not saved["shared"]:
         guide.load_state_dict(saved["guide"])
     mine = loss if isinstance(loss, Trace_EnergyScore) else Trace_EnergyScore(**saved["config"])
@@ -294,5 +288,12 @@ def restored(saved: dict[str, Any], model: Callable[..., Any], fitted: Any, loss
         mine.load_state(saved["loss"])
     held_out = [(int(step), score) for step, score in saved["held_out"].tolist()]
     return Calibration(
-        guide, mine, saved["energy"].tolist(), held_out, saved["num_steps"], saved["num_simulations"]
+        guide,
+        mine,
+        saved["energy"].tolist(),
+        held_out,
+        saved["num_steps"],
+        saved["num_simulations"],
+        saved["program_steps"],
+        saved["given"],
     )

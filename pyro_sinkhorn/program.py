@@ -6,7 +6,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pyro.infer import ELBO
@@ -15,8 +15,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from pyro_sinkhorn import optimiser, snapshot, state
-from pyro_sinkhorn.calibration import Calibration, calibrate, posterior_guide_for, undone_on_error
-from pyro_sinkhorn.errors import ProgramError, checked_integer
+from pyro_sinkhorn.calibration import Calibration, calibrate, calibration_for, undone_on_error
+from pyro_sinkhorn.errors import checked_integer
 from pyro_sinkhorn.losses.base import SinkhornLoss
 from pyro_sinkhorn.losses.trace_energy_score import Trace_EnergyScore
 from pyro_sinkhorn.modules import Owned, shared_copy, submodule_pairs, training_mode
@@ -201,7 +201,8 @@ class SinkhornProgram(Queries):
         :param lr: learning rate
         :param guide: the posterior guide, or a class or partial to be called with the model; default
             :class:`~pyro_sinkhorn.AutoPosterior`
-        :param loss: default ``Trace_EnergyScore(wake=False)``
+        :param loss: a :class:`~pyro_sinkhorn.Trace_EnergyScore`, of which a copy is used; default
+            ``Trace_EnergyScore(wake=False)``
         :returns: the program; its ``calibration`` holds the guide and its history
         :raises ProgramError: model, guide and data do not fit together
         :raises NonFiniteError: NaN or infinity; the guide keeps the state of the last good step
@@ -209,16 +210,8 @@ class SinkhornProgram(Queries):
         args, kwargs = self._inputs(args, kwargs)
         if seed is not None or self.stream is None:
             self.stream = RandomStream(seed)
-        own = isinstance(self.loss, Trace_EnergyScore)
-        if not isinstance(loss, Trace_EnergyScore | None):
-            raise ProgramError(
-                f"calibrate() got the loss {loss!r}: expected a Trace_EnergyScore, or None for its default"
-            )
-        loss = loss or (self.loss if own else Trace_EnergyScore(wake=False))
         before = self.calibration
-        if guide is not None or self.calibration is None:
-            made = self.guide if own and guide is None else posterior_guide_for(guide, self.model, self.guide)
-            self.calibration = Calibration(made, loss)
+        self.calibration = calibration_for(before, guide, loss, self)
         with (
             self._guarded(args, kwargs),
             self.stream.active(),
@@ -240,6 +233,7 @@ class SinkhornProgram(Queries):
                 sizes=sizes,
                 progress=progress,
             )
+            self.calibration.program_steps = self.num_steps
         return self
 
     def to(self, device: torch.device | str) -> SinkhornProgram:
@@ -262,7 +256,7 @@ class SinkhornProgram(Queries):
             # Networks that the guide has made at its first call are not in the one that was given.
             pairs = [(mine, other.modules[name]) for name, mine in self.modules.items()]
             other.guide = shared_copy(self.guide, self.model, replaced=submodule_pairs(pairs))
-        snapshot.restore(other, state.detached(snapshot.take(self)))
+        snapshot.restore(other, state.detached(snapshot.take(self)), like=cast(Any, self))
         other._continue_with(self.optim)
         other.device = self.device
         return other

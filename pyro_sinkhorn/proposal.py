@@ -66,12 +66,13 @@ class Proposal:
 
     :param names: latents that are proposed, all of one datum or data set jointly
     :param share: of plain prior draws, the defensive part of the mixture
+    :param carried: what the prior says of each draw besides, which stays with it: covariates that it was drawn for
     """
 
-    def __init__(self, names: tuple[str, ...], share: float) -> None:
+    def __init__(self, names: tuple[str, ...], share: float, carried: tuple[str, ...] = ()) -> None:
         if not 0 < share <= 1:
             raise ValueError(f"the share of prior draws is {share}: expected a number above 0 and at most 1")
-        self.names, self.share = names, share
+        self.names, self.share, self.carried = names, share, carried
         self.region: Region | None = None
         self.probability = 1.0
         self._unit: dict[str, Tensor] = {}
@@ -103,10 +104,10 @@ class Proposal:
             held.append(self._chosen(more, inside))
             tried, n_held = tried + len(inside), n_held + int(inside.sum())
         self.probability = n_held / tried
-        self._stock = {name: torch.cat([one[name] for one in held]) for name in self.names}
+        self._stock = {name: torch.cat([one[name] for one in held]) for name in held[0]}
 
     def draw(self, num: int, prior: Prior) -> tuple[dict[str, Tensor], Tensor]:
-        """Latents ``(num, *event)`` by site, and their weights ``(num,)``, of mean about 1."""
+        """Latents ``(num, *event)`` by site, what is carried along, and their weights ``(num,)``, of mean about 1."""
         assert self.region is not None
         plain = torch.rand(num) < self.share
         drawn = prior(num)
@@ -115,9 +116,9 @@ class Proposal:
             more = prior(max(int(1.2 * n_in / self.probability), 1024))
             inside = self.region.holds(self._embedded(more))
             chosen = self._chosen(more, inside)
-            self._stock = {name: torch.cat([self._stock[name], chosen[name]]) for name in self.names}
+            self._stock = {name: torch.cat([self._stock[name], chosen[name]]) for name in chosen}
         values = {}
-        for name in self.names:
+        for name in (*self.names, *self.carried):
             value = drawn[name][:num].clone()
             value[~plain] = self._stock[name][:n_in].to(value)
             self._stock[name] = self._stock[name][n_in:]
@@ -127,7 +128,7 @@ class Proposal:
         return values, weights
 
     def _chosen(self, values: Mapping[str, Tensor], inside: Tensor) -> dict[str, Tensor]:
-        return {name: values[name][inside] for name in self.names}
+        return {name: values[name][inside] for name in (*self.names, *self.carried)}
 
     def _embedded(self, values: Mapping[str, Tensor], fit: bool = False) -> Tensor:
         columns = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
@@ -104,7 +105,16 @@ class Queries:
                     "calibrate(data), which trains a posterior on simulated data, or use encode()"
                 )
             )
-        return self.guide if self.calibration is None else self.calibration.guide
+        if self.calibration is None:
+            return self.guide
+        if self.calibration.guide is not self.guide and self.calibration.program_steps != self.num_steps:
+            warnings.warn(
+                f"the program was fitted for {self.num_steps - self.calibration.program_steps} more steps after calibrate(): "
+                "these are draws from the posterior of the program as it was then. Call calibrate() again",
+                UserWarning,
+                stacklevel=3,
+            )
+        return self.calibration.guide
 
     def generate(
         self, num_samples: int, *args: Any, seed: int | None = None, **kwargs: Any

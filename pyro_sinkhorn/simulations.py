@@ -22,6 +22,8 @@ from pyro_sinkhorn.training import Minibatches
 _ROWS = 128
 #: Of a fixed number of simulations, the share that is kept out of training to choose the best state by.
 _HELD_OUT = 0.1
+#: Rows that priors are drawn for at once, at most, and the name that these go by among latents.
+_PRIOR_ROWS, _ROW = 4096, "row of the data"
 #: Draws of the guide that say where the posterior is.
 _ANCHORS = 1000
 
@@ -69,12 +71,17 @@ class Simulations:
 
     def simulate(self, num: int) -> Chunk:
         """A fresh chunk of so many rows or data sets."""
-        args, kwargs = self._arguments(num)
         given, weights = None, None
-        if self.proposal is not None:
+        if self.proposal is None:
+            args, kwargs = self._arguments(num)
+        else:
             values, weights = self.proposal.draw(num, self._prior)
+            if self.in_rows:
+                args, kwargs = self.batches.pick(values.pop(_ROW))
+                weights = weights.unsqueeze(0)
+            else:
+                args, kwargs = self._arguments(num)
             given = {name: self._as_given(name, value) for name, value in values.items()}
-            weights = weights.unsqueeze(0) if self.in_rows else weights
         sets = 1 if self.in_rows else num
         pairs = self.loss.simulator(self.model, args, kwargs, sets, given)
         self.drawn += num
@@ -84,13 +91,10 @@ class Simulations:
         """Make this share of all simulations now, where their number is fixed."""
         if self.num is None:
             return
-        left, made = max(round(share * self.num), 2), []
-        while left > 0:
-            made.append(self.simulate(min(self._per_chunk(), left)))
-            left -= self._per_chunk()
-        n_held = max(1, round(_HELD_OUT * len(made))) if len(made) > 1 else 0
-        self.held_out += made[:n_held]
-        self.chunks += made[n_held:]
+        number = max(round(share * self.num), 2)
+        n_held = max(1, round(_HELD_OUT * number))
+        self.held_out += self._chunks(n_held)
+        self.chunks += self._chunks(number - n_held)
 
     def steps(self) -> Iterator[Chunk]:
         """Chunks without end."""
@@ -107,11 +111,9 @@ class Simulations:
 
         :raises ProgramError: latents that cannot be proposed
         """
-        if self.sizes is not None:
-            raise ProgramError("num_rounds looks at one data set, sizes= at many: give one of the two")
         names = self._roots()
         if self.proposal is None:
-            self.proposal = Proposal(names, prior_share)
+            self.proposal = Proposal(names, prior_share, carried=(_ROW,) if self.in_rows else ())
         args, kwargs = self.batches.args, self.batches.kwargs
         rows = self.batches.n if self.in_rows else 1
         draws: dict[str, list[Tensor]] = {name: [] for name in names}
@@ -124,6 +126,10 @@ class Simulations:
         self.proposal.update(
             {name: value[keep] for name, value in anchors.items()}, self._prior, self.seen.nodes
         )
+
+    def _chunks(self, left: int) -> list[Chunk]:
+        most = self._per_chunk()
+        return [self.simulate(min(most, left - done)) for done in range(0, left, most)]
 
     def _per_chunk(self) -> int:
         return _ROWS if self.in_rows else self.loss.number_of_data_sets(self.structure)
@@ -156,10 +162,15 @@ class Simulations:
 
     def _prior(self, num: int) -> Mapping[str, Tensor]:
         names = self._roots()
-        args, kwargs = self._arguments(_ROWS)
-        sets = math.ceil(num / _ROWS) if self.in_rows else num
+        if not self.in_rows:
+            args, kwargs = self._arguments(num)
+            return dict(self.loss.simulator(self.model, args, kwargs, num, stop_after=names).values)
+        # Each with the row that it was drawn for: its prior may depend on covariates.
+        index = torch.randint(self.batches.n, (min(num, _PRIOR_ROWS),))
+        sets = math.ceil(num / len(index))
+        args, kwargs = self.batches.pick(index)
         pairs = self.loss.simulator(self.model, args, kwargs, sets, stop_after=names)
-        return {name: self._flat(name, pairs.values[name]) for name in names}
+        return {name: self._flat(name, pairs.values[name]) for name in names} | {_ROW: index.repeat(sets)}
 
     def _flat(self, name: str, value: Tensor) -> Tensor:
         """``(P, *batch, *event)`` as rows ``(P * n, *event)``, or data sets ``(P, *batch, *event)``."""

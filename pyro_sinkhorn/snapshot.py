@@ -22,7 +22,7 @@ from pyro_sinkhorn.losses.trace_energy_score import Trace_EnergyScore
 from pyro_sinkhorn.losses.trace_enum_sinkhorn import TraceEnum_Sinkhorn
 from pyro_sinkhorn.losses.trace_joint_sinkhorn import Trace_JointSinkhorn
 from pyro_sinkhorn.losses.trace_sinkhorn import Trace_Sinkhorn
-from pyro_sinkhorn.modules import Owned, shared_copy
+from pyro_sinkhorn.modules import Owned, shared_copy, submodule_pairs
 from pyro_sinkhorn.rng import RandomStream, undisturbed
 from pyro_sinkhorn.training import Epoch, History
 
@@ -86,9 +86,10 @@ def take(program: Fitted) -> dict[str, Any]:
     return state.detached(saved)
 
 
-def restore(program: Fitted, saved: dict[str, Any]) -> None:
+def restore(program: Fitted, saved: dict[str, Any], like: Fitted | None = None) -> None:
     """Put a state into a program that has the same code.
 
+    :param like: the program that the state is of, where it is there to copy a posterior guide of the user's from
     :raises ValueError: the program's modules or their shapes differ from the saved ones
     """
     mine, theirs = set(program.owned.copies), set(saved["modules"])
@@ -124,7 +125,14 @@ def restore(program: Fitted, saved: dict[str, Any]) -> None:
         program.stream.restore(saved["stream"])
     program.history = History(**{name: values.tolist() for name, values in saved["history"].items()})
     program.calibration = None
-    if "calibration" in saved:
+    if like is not None and like.calibration is not None and like.calibration.given:
+        pairs = [(mine, program.owned.copies[name]) for name, mine in like.owned.copies.items()]
+        mine = like.calibration
+        guide = shared_copy(mine.guide, program.model, replaced=submodule_pairs(pairs))
+        loss = program.loss if mine.loss is like.loss else mine.loss.fresh()
+        loss.load_state(state.detached(mine.loss.state()))
+        program.calibration = calibration.copied(mine, guide, loss)
+    elif "calibration" in saved:
         program.calibration = calibration.restored(
             saved["calibration"], program.model, program.guide, program.loss
         )

@@ -112,8 +112,9 @@ class AutoImplicit(LazyGuide):
         """Sample every latent; returns them by name."""
         structure, shown = self._ensure(lambda: self._set_up(args, kwargs)), self._shown
         replayed = {} if shown is None else dict(shown.indices)
+        fixed = shown is not None or self._program_fixed
         prior = run_model(
-            self.model, args, kwargs, values=replayed, stop_after=structure.latents, grad=shown is None
+            self.model, args, kwargs, values=replayed, stop_after=structure.latents, grad=not fixed
         )
         check_appeared(prior, structure.latents)
         indices = subsamples(prior)

@@ -108,6 +108,13 @@ class AutoPosterior(LazyGuide):
         self._covariates: Covariates = covariates
         self._covariate_paths: list[Path] = []
         self._noise_dim, self._hidden, self._depth = noise_dim, hidden, depth
+        #: Arguments that make a guide alike, the encoder left out.
+        self.options: dict[str, Any] = {
+            "covariates": covariates,
+            "noise_dim": noise_dim,
+            "hidden": hidden,
+            "depth": depth,
+        }
         self._fitted: tuple[AutoImplicit, ...] = ()
         self._make_empty()
         self._observed: list[Observed] = []
@@ -236,7 +243,9 @@ class AutoPosterior(LazyGuide):
             own = {plate.name for plate in plates_of(prior.nodes[name])}
             if name not in self._discrete and own & data_plates <= around:
                 columns = geometry_of(prior.nodes[name]["fn"], name).embed(value)
-                found.append(columns_along(columns, plates, self._nesting))
+                # Another plate, of a global vector say, may lie at the same dimension.
+                shared = tuple(plate for plate in plates if plate.name in own)
+                found.append(columns_along(columns, shared, self._nesting))
         return joined(*found) if found else None
 
     def _run_observed(self, args: Any, kwargs: Any, indices: dict[str, Tensor]) -> Trace:

@@ -30,6 +30,8 @@ class LazyGuide(PyroModule):
         self._pending_state: dict[str, Tensor] | None = None
         #: Simulated data that stand in for the observed ones, see :func:`~pyro_sinkhorn.guide.shown.showing`.
         self._shown: Shown | None = None
+        #: Whether parameters of the program get no gradient through the latents.
+        self._program_fixed = False
 
     @property
     def model(self) -> Callable[..., Any]:

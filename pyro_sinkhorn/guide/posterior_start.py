@@ -109,11 +109,13 @@ def check_supports(structure: Structure, draws: list[Trace]) -> None:
     """Bounds of a support may vary along plates, with covariates, but not with other latents."""
     for name in structure.latents:
         bounds = []
-        for draw in draws[:2]:
+        for draw in draws:
             support = base_support(draw.nodes[name]["fn"])
             held = [getattr(support, bound, 0.0) for bound in ("lower_bound", "upper_bound")]
             bounds.append([torch.as_tensor(value) for value in held])
-        if any(not torch.equal(a, b) for a, b in zip(*bounds, strict=True)):
+        if any(
+            not torch.equal(a, b) for others in bounds[1:] for a, b in zip(bounds[0], others, strict=True)
+        ):
             raise ProgramError(
                 f"latent site {name!r}: the bounds of its support, {draws[0].nodes[name]['fn'].support}, depend on other "
                 "latents, so no head can be made for it. Draw it from fixed bounds and rescale: for Uniform(0, b), "

@@ -157,16 +157,30 @@ def encoded(
     sizes = [plate.size for plate in around]
     read = values.for_encoder(observed)
 
-    def merged(value: Tensor) -> Tensor:
-        # Data sets side by side, as further rows: networks such as convolutions know one batch dimension.
-        if not lead:
+    def merged(value: Tensor, site: Observed) -> Tensor:
+        """Slices of the outermost plate first, those of several data sets one after the other."""
+        if outer.name not in {plate.name for plate in site.plates}:
+            if lead:
+                raise ProgramError(
+                    f"observed site {site.name!r} is not in plate {outer.name!r}, whose slices the encoder reads: data sets "
+                    "side by side leave it no room. Use AutoPosterior without encoder"
+                )
             return value
-        rest = value.shape[1:]
-        while len(rest) and rest[0] == 1 and outer.size != 1:
-            rest = rest[1:]
-        return value.reshape(len(value) * outer.size, *rest[1:])
+        # Data sets lie left of all plates of the model, not only of this site's.
+        depth = max(-plate.dim for plate in site.plates)
+        event = value.shape[value.dim() - site.event_dim :]
+        batch = value.shape[: value.dim() - site.event_dim]
+        batch = (
+            batch[: len(lead)] + (1,) * (depth + len(lead) - len(batch)) + batch[max(len(batch) - depth, 0) :]
+        )
+        value = value.reshape(*batch, *event)
+        value = value.movedim(len(lead) + depth + outer.dim, len(lead))
+        return value.flatten(0, 1) if lead else value
 
-    read = {name: merged(v) for name, v in read.items()} if isinstance(read, dict) else merged(read)
+    if isinstance(read, dict):
+        read = {site.name: merged(read[site.name], site) for site in observed}
+    else:
+        read = merged(read, observed[0])
     code = encoder(read)
     if not isinstance(code, Tensor) or code.dim() != 2 or len(code) != torch.Size(sizes).numel():
         got = tuple(code.shape) if isinstance(code, Tensor) else type(code).__name__

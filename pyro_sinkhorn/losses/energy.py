@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from pyro_sinkhorn.geometry.registry import geometry_of
+from pyro_sinkhorn.guide.layout import columns_along
 from pyro_sinkhorn.losses.clouds import blanked, rows
 from pyro_sinkhorn.losses.matching import MatchState
 from pyro_sinkhorn.losses.pairs import Pairs
-from pyro_sinkhorn.structure import Plate, Site
+from pyro_sinkhorn.structure import Plate, Site, plates_of
 
 
 def energy_score(draws: Tensor, truth: Tensor, beta: float = 1.0, resolution: float | None = None) -> Tensor:
@@ -120,6 +121,11 @@ class ScoringCoordinates:
         lead = batch[: len(batch) - pairs.nesting]
         num = int(torch.Size(lead).numel())
         columns = columns.reshape(num, *batch[len(lead) :], columns.shape[-1])
+        own = {plate.name for plate in plates_of(site)}
+        if not own <= {plate.name for plate in plates}:
+            # Another plate, of a global vector say, may lie at the dimension of one of these.
+            shared = tuple(plate for plate in plates if plate.name in own)
+            columns = columns_along(columns, shared, pairs.nesting)
         laid_out = rows(columns, num, plates)
         if plates:
             laid_out = blanked(laid_out, site, plates, laid_out.new_zeros(()))
@@ -163,6 +169,11 @@ class ScoringCoordinates:
                 ],
                 -1,
             )
-            other = joint[torch.randperm(len(joint), device=joint.device)]
+            # Shifted, so that no row meets itself.
+            order = torch.randperm(len(joint), device=joint.device)
+            joint = joint[order]
+            other = joint.roll(1, 0)
             score = 0.5 * distance(joint - other, beta, resolution).mean()
-            self.state.mean_costs[key] = score if bool(score > 0) else torch.ones_like(score)
+            # A prior with no spread has nothing to be measured by.
+            varies = bool((joint != joint[:1]).any())
+            self.state.mean_costs[key] = score if varies else torch.ones_like(score)

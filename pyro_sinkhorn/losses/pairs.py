@@ -1,20 +1,18 @@
 """Simulated pairs of latents and data: whole data sets drawn from a program, many at once.
 
 Many data sets at once means one run of the model inside one more plate. Models written with Pyro's broadcasting allow it;
-others (a simulator that loops over ``range(len(x))``, sums over dimension 0) would quietly mix data sets up. So the first
-call compares a plain run with one inside a plate of size 1 that draws the same random numbers: where any value differs, or
-the second fails, data sets are simulated one by one.
+others would quietly mix data sets up. The first call finds out (:mod:`pyro_sinkhorn.losses.side_by_side`); where a model does
+not allow it, data sets are simulated one by one.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import pyro
+import pyro.distributions as dist
 import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
@@ -24,9 +22,10 @@ from pyro_sinkhorn.explain import bad_rows
 from pyro_sinkhorn.geometry.registry import geometry_of
 from pyro_sinkhorn.guide.shown import DATA_SETS, Moments
 from pyro_sinkhorn.guide.start import moments
+from pyro_sinkhorn.losses.side_by_side import in_plate, packed, padded, vectorises
 from pyro_sinkhorn.rng import undisturbed
 from pyro_sinkhorn.runs import Resample, run_model, subsamples
-from pyro_sinkhorn.structure import Plate, Site, Structure, nesting_of, sample_sites, structure_of
+from pyro_sinkhorn.structure import Plate, Structure, innermost, nesting_of, sample_sites, structure_of
 
 
 @dataclass(frozen=True)
@@ -100,6 +99,7 @@ class Simulator:
         """One plain run of the model on its data: the trace, its structure, and how deep its plates are nested."""
         trace = run_model(model, args, kwargs, values=dict(values))
         structure = structure_of(trace)
+        _check_laws(trace, structure)
         return trace, structure, nesting_of(trace)
 
     @torch.no_grad()
@@ -131,7 +131,7 @@ class Simulator:
             trace = run_model(
                 in_plate(free, plate), args, kwargs, values=fixed | shared, stop_after=stop_after
             )
-            nodes = {name: _packed(site, num, nesting) for name, site in sample_sites(trace)}
+            nodes = {name: packed(site, num, nesting) for name, site in sample_sites(trace)}
             found = _moments(trace, structure, num, nesting)
         else:
             each = []
@@ -141,9 +141,7 @@ class Simulator:
                 }
                 each.append(run_model(free, args, kwargs, values=own | shared, stop_after=stop_after))
             names = [name for name, _ in sample_sites(each[0])]
-            nodes = {
-                name: torch.cat([_packed(one.nodes[name], 1, nesting) for one in each]) for name in names
-            }
+            nodes = {name: torch.cat([packed(one.nodes[name], 1, nesting) for one in each]) for name in names}
             apart = [_moments(one, structure, 1, nesting) for one in each]
             common = set.intersection(*(set(one) for one in apart)) if apart else set()
             found = {
@@ -157,71 +155,6 @@ class Simulator:
         return Pairs({name: nodes[name] for name in wanted}, event_dims, found, shared, nesting)
 
 
-def in_plate(model: Callable[..., Any], plate: Plate) -> Callable[..., Any]:
-    """The model, run in one more plate."""
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with pyro.plate(plate.name, plate.size, dim=plate.dim):
-            return model(*args, **kwargs)
-
-    return run
-
-
-@torch.no_grad()
-def vectorises(
-    model: Callable[..., Any], args: Any, kwargs: Any, indices: Mapping[str, Tensor], nesting: int
-) -> bool:
-    """Whether a run in one more plate, of size 1, gives the values of a plain run with the same random numbers."""
-    state = torch.get_rng_state()
-    plain = run_model(model, args, kwargs, values=dict(indices))
-    after = torch.get_rng_state()
-    try:
-        torch.set_rng_state(state)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            inside, two = (
-                run_model(
-                    in_plate(model, Plate(DATA_SETS, -(nesting + 1), n, n)),
-                    args,
-                    kwargs,
-                    values=dict(indices),
-                )
-                for n in (1, 2)
-            )
-    except Exception:  # whatever a model does with a dimension that it did not expect
-        return False
-    finally:
-        torch.set_rng_state(after)
-    for name, site in sample_sites(plain):
-        if name not in inside.nodes or name not in two.nodes:
-            return False
-        # A dimension too many vanishes in a reshape of one data set, and a missing one in the plate's expansion.
-        batch = two.nodes[name]["value"].shape[: two.nodes[name]["value"].dim() - len(site["fn"].event_shape)]
-        if len(batch) > nesting + 1 or (len(batch) == nesting + 1 and batch[0] not in (1, 2)):
-            return False
-        one, other = _packed(site, 1, nesting), _packed(inside.nodes[name], 1, nesting)
-        if one.shape != other.shape or not torch.allclose(
-            one.double(), other.double(), rtol=1e-4, atol=1e-6, equal_nan=True
-        ):
-            return False
-    return True
-
-
-def _packed(site: Site, num: int, nesting: int) -> Tensor:
-    """A value as ``(num, *batch, *event)`` with ``nesting`` batch dimensions."""
-    value, event_dim = site["value"], len(site["fn"].event_shape)
-    return _padded(value, event_dim, num, nesting)
-
-
-def _padded(value: Tensor, event_dim: int, num: int, nesting: int) -> Tensor:
-    batch, event = value.shape[: value.dim() - event_dim], value.shape[value.dim() - event_dim :]
-    if len(batch) > nesting + 1:
-        batch = batch[len(batch) - nesting - 1 :]
-        value = value.reshape(*batch, *event)
-    value = value.reshape(*[1] * (nesting + 1 - len(batch)), *batch, *event)
-    return value.expand(num, *value.shape[1:])
-
-
 def _moments(trace: Trace, structure: Structure, num: int, nesting: int) -> dict[str, Moments]:
     found = {}
     for name in structure.latents:
@@ -230,8 +163,18 @@ def _moments(trace: Trace, structure: Structure, num: int, nesting: int) -> dict
         fn = trace.nodes[name]["fn"]
         pair = moments(fn, geometry_of(fn, name), detach_scale=True)
         if pair is not None:
-            found[name] = (_padded(pair[0], 1, num, nesting), _padded(pair[1], 1, num, nesting))
+            found[name] = (padded(pair[0], 1, num, nesting), padded(pair[1], 1, num, nesting))
     return found
+
+
+def _check_laws(trace: Trace, structure: Structure) -> None:
+    """Every latent needs a prior that can be drawn from."""
+    for name in structure.latents:
+        if isinstance(innermost(trace.nodes[name]["fn"]), dist.ImproperUniform):
+            raise ProgramError(
+                f"latent site {name!r}: its ImproperUniform is no law that could be drawn from, so no data can be simulated: "
+                "give it a proper prior"
+            )
 
 
 def _check_finite(name: str, value: Tensor) -> None:

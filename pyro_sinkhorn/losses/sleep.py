@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import pyro
@@ -18,7 +20,7 @@ from pyro_sinkhorn.guide.auto_implicit import AutoImplicit
 from pyro_sinkhorn.guide.lazy import LazyGuide
 from pyro_sinkhorn.guide.observed import Readings, find_observed, read_observed
 from pyro_sinkhorn.guide.shown import Shown, showing
-from pyro_sinkhorn.losses.clouds import slices
+from pyro_sinkhorn.losses.clouds import rows, slices
 from pyro_sinkhorn.losses.energy import ScoringCoordinates, energy_score, expected_energy_score
 from pyro_sinkhorn.losses.pairs import Pairs, substituted
 from pyro_sinkhorn.losses.scoring import run_guide
@@ -56,6 +58,11 @@ class Sleeper:
         self.num_draws, self.beta, self.resolution = num_draws, beta, resolution
         self.coordinates = ScoringCoordinates()
 
+    @property
+    def knows_units(self) -> bool:
+        """Whether units of latents and scores of the prior were estimated."""
+        return bool(self.coordinates.state.mean_costs)
+
     def __call__(
         self,
         guide: Any,
@@ -65,11 +72,13 @@ class Sleeper:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         part: Part = "all",
+        reference: Pairs | None = None,
     ) -> dict[str, Tensor]:
         """Mean score of every block, in units of the prior's own: 1 is a guide that knows nothing.
 
         :param seen: a plain run of the model on its data: sites, plates and masks
         :param part: whether to score globals or local latents alone, for a guide whose blocks are scored one by one
+        :param reference: pairs that units are estimated from, at the first call; by default those that are scored
         :raises ProgramError: the guide does not serve the model, naming the site
         :raises NonFiniteError: the guide's draws are NaN or infinite
         """
@@ -81,7 +90,9 @@ class Sleeper:
         if part != "all":
             blocks = {key: found for key, found in blocks.items() if bool(found[1]) == (part == "locals")}
         nodes = seen.nodes
-        self.coordinates.estimate(blocks, nodes, pairs, relative, self.beta, self.resolution)
+        _check_moments(relative, pairs)
+        _check_moments(relative, reference or pairs)
+        self.coordinates.estimate(blocks, nodes, reference or pairs, relative, self.beta, self.resolution)
         scores = {}
         for key, (names, plates) in blocks.items():
             counted = _counted(seen, names, plates, structure)
@@ -137,7 +148,7 @@ class Sleeper:
         lead = probabilities.shape[: probabilities.dim() - 1 - pairs.nesting]
         # Given the truth above, the law is that of every draw.
         probabilities = probabilities.reshape(-1, len(pairs), *probabilities.shape[len(lead) :])[0]
-        laid_out = probabilities.reshape(len(pairs), -1, len(flat))
+        laid_out = rows(probabilities, len(pairs), plates)
         return expected_energy_score(states, laid_out, at_truth, self.beta, self.resolution)
 
     # Showing the data and drawing.
@@ -154,12 +165,12 @@ class Sleeper:
         only_globals: bool,
     ) -> dict[str, tuple[Any, Tensor]]:
         """Draws ``(S, P, *batch, *event)`` of every latent, each with the distribution it came from."""
+        _refuse_plain_globals(guide, structure)
         observed = find_observed(seen, structure, args, kwargs, dict(pairs.indices))
         if isinstance(guide, LazyGuide) and getattr(guide, "_encoder_input", None) is None:
             if guide._structure is None:
                 with poutine.block(hide_types=["sample"]):
                     guide(*args, **kwargs)
-            _refuse_plain_globals(guide, structure)
             present = read_observed(observed, args, kwargs, dict(pairs.indices), lambda: seen).present
             values = {name: pairs.values[name] for name in structure.data}
             shown = Shown(Readings(values, present), pairs.plate, pairs.indices, pairs.moments, only_globals)
@@ -182,7 +193,7 @@ class Sleeper:
             by_draw = []
             for _ in range(self.num_draws):
                 force = Force(self._forced(guide, seen, own))
-                with poutine.block(hide_types=["sample"]), force:
+                with poutine.block(hide_types=["sample"]), force, _program_fixed(guide):
                     trace = run_guide(guide, shown_args, shown_kwargs)
                 by_draw.append(_collected(trace, force.drawn))
             by_set.append(by_draw)
@@ -195,6 +206,18 @@ class Sleeper:
             for name, value in truth.items()
             if getattr(seen.nodes[name]["fn"].support, "is_discrete", False)
         }
+
+
+@contextmanager
+def _program_fixed(guide: Any) -> Iterator[None]:
+    """Latents that an automatic guide makes relative to their prior teach the guide alone inside."""
+    if isinstance(guide, LazyGuide):
+        guide._program_fixed = True
+    try:
+        yield
+    finally:
+        if isinstance(guide, LazyGuide):
+            guide._program_fixed = False
 
 
 def _is_autoregressive(guide: Any) -> bool:
@@ -244,7 +267,8 @@ def _blocks(
         name: ((name,), plates.get(name, ())) for name in discrete
     }
     # All that surrounds a row belongs to it: so the dependence of a guide's sites is scored, whatever their order.
-    for group in structure.groups or (Group(structure.globals, ()),):
+    groups = [group for group in structure.groups if not set(group.sites) <= set(discrete)]
+    for group in groups or [Group(structure.globals, ())]:
         around = carried_along(group, structure.groups) + (structure.globals if group.plates else ())
         names = tuple(name for name in (*around, *group.sites) if name not in discrete)
         if names:
@@ -294,7 +318,16 @@ def _check_drawn(drawn: dict[str, Any], latents: tuple[str, ...]) -> None:
             )
 
 
-def _refuse_plain_globals(guide: LazyGuide, structure: Structure) -> None:
+def _check_moments(relative: frozenset[str], pairs: Pairs) -> None:
+    lost = sorted(name for name in relative if name not in pairs.moments)
+    if lost:
+        raise NonFiniteError(
+            f"latent site {lost[0]!r}: the mean or standard deviation of its prior is NaN, infinite or zero in some simulated "
+            "data set, though not in the first ones: give the latents above it priors that stay off such values"
+        )
+
+
+def _refuse_plain_globals(guide: Any, structure: Structure) -> None:
     if isinstance(guide, AutoImplicit) and structure.globals:
         raise ProgramError(
             f"AutoImplicit gives the globals {list(structure.globals)} one law for all data, but this loss shows it many "

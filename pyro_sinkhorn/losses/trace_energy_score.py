@@ -15,7 +15,7 @@ from torch import Tensor
 from pyro_sinkhorn.distributions.implicit import Implicit
 from pyro_sinkhorn.errors import NonFiniteError, checked_integer
 from pyro_sinkhorn.guide.auto_posterior import AutoPosterior
-from pyro_sinkhorn.losses.base import SinkhornLoss, Terms, mean_terms
+from pyro_sinkhorn.losses.base import SinkhornLoss, Terms
 from pyro_sinkhorn.losses.call import Call
 from pyro_sinkhorn.losses.latent_match import GroupMatch, LatentMatch
 from pyro_sinkhorn.losses.matching import MatchOptions
@@ -33,6 +33,10 @@ from pyro_sinkhorn.structure import Plate, Structure, innermost, sample_sites, s
 
 #: Data sets simulated a step where there are globals, and pairs where there are none.
 _DATA_SETS, _PAIRS = 128, 128
+#: Draws that units of latents are estimated from, and rows simulated for them, at most.
+_REFERENCE, _MOST_ROWS = 512, 200_000
+#: So many where they are simulated one by one.
+_FEW = 128
 
 
 class Trace_EnergyScore(SinkhornLoss):
@@ -173,17 +177,22 @@ class Trace_EnergyScore(SinkhornLoss):
             seen, structure, _ = self.simulator.look(model, args, kwargs, indices or {})
         if pairs is None:
             pairs = self.simulator(model, args, kwargs, self.number_of_data_sets(structure))
+        reference = (
+            None if self.sleeper.knows_units else self._reference(model, args, kwargs, structure, pairs)
+        )
         rows = self._fewer_rows(model, guide, pairs, structure, args, kwargs)
         if rows is None:
-            return self.sleeper(guide, pairs, seen, structure, args, kwargs)
+            return self.sleeper(guide, pairs, seen, structure, args, kwargs, "all", reference)
         plate, index = rows
-        scores = self.sleeper(guide, pairs, seen, structure, args, kwargs, "globals")
+        scores = self.sleeper(guide, pairs, seen, structure, args, kwargs, "globals", reference)
         args, kwargs = picked(args, kwargs, plate.size, index)
-        inside = (*structure.locals, *structure.data)
         with torch.no_grad():
-            seen, structure, _ = self.simulator.look(model, args, kwargs)
+            few_seen, few_structure, _ = self.simulator.look(model, args, kwargs)
+        inside = (*structure.locals, *structure.data)
         few = pairs.rows(plate, index, inside)
-        return scores | self.sleeper(guide, few, seen, structure, args, kwargs, "locals")
+        if reference is not None:
+            reference = reference.rows(plate, index, structure.locals)
+        return scores | self.sleeper(guide, few, few_seen, few_structure, args, kwargs, "locals", reference)
 
     def _fewer_rows(
         self, model: Any, guide: Any, pairs: Pairs, structure: Structure, args: Any, kwargs: Any
@@ -202,6 +211,18 @@ class Trace_EnergyScore(SinkhornLoss):
             self._follows[plate.name] = follows_rows(model, args, kwargs, plate.size)
         return (plate, torch.randperm(plate.size)[:few]) if self._follows[plate.name] else None
 
+    def _reference(self, model: Any, args: Any, kwargs: Any, structure: Structure, pairs: Pairs) -> Pairs:
+        """Latents from their prior, enough to know their units; without data, which may be expensive."""
+        rows = 1 if structure.globals else max(structure.data_plates[0].size, 1)
+        all_rows = math.prod(plate.size for plate in structure.data_plates)
+        wanted = _REFERENCE if self.simulator.vectorize else _FEW
+        number = min(math.ceil(wanted / rows), max(_MOST_ROWS // max(all_rows, 1), 2))
+        if number <= len(pairs) and pairs.weights is None:
+            return pairs
+        return self.simulator(
+            model, args, kwargs, number, indices=pairs.indices, stop_after=structure.latents
+        )
+
     def number_of_data_sets(self, structure: Structure) -> int:
         """Data sets to simulate a step."""
         if self.num_simulations is not None:
@@ -213,17 +234,18 @@ class Trace_EnergyScore(SinkhornLoss):
     def _particles(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Iterator[tuple[Tensor, Terms]]:
         scores = self.sleep(model, guide, args, kwargs)
         energy = torch.stack(list(scores.values())).mean()
-        if not self.wake:
-            yield energy, Terms(loss=torch_item(energy), energy=torch_item(energy))
-            return
-        awake = [self._wake(model, guide, args, kwargs) for _ in range(self.num_particles)]
-        n = len(awake)
-        n_data = awake[0][2]
-        loss = n_data * energy + sum(loss for loss, _, _ in awake) / n  # both are sums over data
-        terms = mean_terms([terms for _, terms, _ in awake])
-        terms.energy = torch_item(energy)
-        terms.loss = torch_item(loss) / n_data
-        yield loss, terms
+        value = torch_item(energy)
+        # Whoever asks takes the mean over particles: of the sleep step, which is made once, so many in the first.
+        left = self.num_particles * energy
+        for _ in range(self.num_particles):
+            if self.wake:
+                loss, terms, n_data = self._wake(model, guide, args, kwargs)
+                terms.loss = torch_item(loss) / n_data + value
+                terms.energy = value
+                yield loss + n_data * left, terms  # both are sums over data
+            else:
+                yield left, Terms(loss=value, energy=value)
+            left = torch.zeros_like(left)
 
     def _wake(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Tensor, Terms, float]:
         """The program's step at the observed data, latents detached; with the number of data."""
