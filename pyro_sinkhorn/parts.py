@@ -12,9 +12,13 @@ from torch import nn
 
 from pyro_sinkhorn.errors import ProgramError
 from pyro_sinkhorn.guide.auto_implicit import AutoImplicit
+from pyro_sinkhorn.guide.lazy import LazyGuide
 from pyro_sinkhorn.losses.base import SinkhornLoss
 from pyro_sinkhorn.losses.trace_sinkhorn import Trace_Sinkhorn
 from pyro_sinkhorn.modules import made_guide
+from pyro_sinkhorn.rng import undisturbed
+from pyro_sinkhorn.runs import run_model
+from pyro_sinkhorn.structure import structure_of
 
 
 def no_guide(*_args: Any, **_kwargs: Any) -> None:
@@ -51,6 +55,31 @@ def guide_for(guide: Any, loss: Any, model: Callable[..., Any]) -> Any:
         guide = getattr(loss, "default_guide", None) or AutoImplicit
         guide = guide if needs_guide(loss) else no_guide
     return made_guide(guide, model)
+
+
+def settled_guide(
+    guide: Any, given: Any, loss: Any, model: Callable[..., Any], args: Any, kwargs: Any
+) -> Any:
+    """The default guide where the data have shown the model: one for globals, if it has any and the loss wants another.
+
+    :param guide: the program's guide now
+    :param given: what the user gave for one
+    """
+    wanted = getattr(loss, "guide_of_globals", None)
+    fresh = isinstance(guide, LazyGuide) and guide._structure is None and guide._pending_state is None
+    if wanted is None or given is not None or not fresh or isinstance(guide, wanted):
+        return guide
+    with undisturbed():
+        structure = structure_of(run_model(model, args, kwargs))
+    return wanted(model) if structure.globals else guide
+
+
+def saved_guide(guide: Any, given: Any, loss: Any, model: Callable[..., Any], name: str | None) -> Any:
+    """The default guide of the class that a file names: that of :func:`settled_guide`, or the one there is."""
+    wanted = getattr(loss, "guide_of_globals", None)
+    if wanted is None or given is not None or name != wanted.__name__ or isinstance(guide, wanted):
+        return guide
+    return wanted(model)
 
 
 def needs_guide(loss: Any) -> bool:

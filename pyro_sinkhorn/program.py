@@ -37,8 +37,9 @@ class SinkhornProgram(Queries):
 
     :param model: a Pyro program, function or module, with an observed site in a plate. Of another program, its model,
         and its guide and loss where none are given
-    :param guide: a guide; default ``AutoImplicit(model)``, or none for ``Trace_DataSinkhorn``. A module is copied; a
-        class such as ``AutoImplicit``, or a ``functools.partial`` of one, is called with the model
+    :param guide: a guide; default ``AutoImplicit(model)``, ``AutoPosterior(model)`` for ``Trace_EnergyScore`` and, where
+        there are globals, ``Trace_JointSinkhorn``, or none for ``Trace_DataSinkhorn``. A module is
+        copied; a class such as ``AutoImplicit``, or a ``functools.partial`` of one, is called with the model
     :param loss: default ``Trace_Sinkhorn()``
     :param encoder: for the default guide, see :class:`~pyro_sinkhorn.AutoImplicit`
     :raises ProgramError: where these do not fit together

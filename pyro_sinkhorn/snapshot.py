@@ -23,6 +23,7 @@ from pyro_sinkhorn.losses.trace_enum_sinkhorn import TraceEnum_Sinkhorn
 from pyro_sinkhorn.losses.trace_joint_sinkhorn import Trace_JointSinkhorn
 from pyro_sinkhorn.losses.trace_sinkhorn import Trace_Sinkhorn
 from pyro_sinkhorn.modules import Owned, shared_copy, submodule_pairs
+from pyro_sinkhorn.parts import saved_guide, settled_guide
 from pyro_sinkhorn.rng import RandomStream, undisturbed
 from pyro_sinkhorn.training import Epoch, History
 
@@ -32,6 +33,7 @@ class Fitted(Protocol):
 
     model: Any
     guide: Any
+    _guide_given: Any
     pending_guide: dict[str, Any] | None
     loss: Any
     owned: Owned
@@ -68,6 +70,7 @@ def take(program: Fitted) -> dict[str, Any]:
         "epoch": vars(program.epoch),
         "modules": {name: dict(module.state_dict()) for name, module in program.owned.copies.items()},
         "guide": _guide_state(program),
+        "guide_class": type(program.guide).__name__,
         "params": params,
         "optim": optim,
         "stream": None if program.stream is None else program.stream.state(),
@@ -102,6 +105,9 @@ def restore(program: Fitted, saved: dict[str, Any], like: Fitted | None = None) 
         (f"module {name!r}", program.owned.copies[name], saved["modules"][name]) for name in sorted(theirs)
     ]
     program.pending_guide = None
+    program.guide = saved_guide(
+        program.guide, program._guide_given, program.loss, program.model, saved.get("guide_class")
+    )
     if isinstance(program.guide, AutoGuide) and program.guide.prototype_trace is None:
         program.pending_guide = dict(saved["guide"]) or None
     elif isinstance(program.guide, nn.Module):
@@ -153,10 +159,13 @@ def _guide_state(program: Fitted) -> dict[str, Any]:
 
 
 def wake_guide(program: Fitted, args: Any, kwargs: Any) -> None:
-    """Give one of Pyro's automatic guides its saved parameters, which it makes at its first call with data.
+    """What a guide waits for data with: which class it is, and the saved parameters of one of Pyro's automatic guides.
 
     :raises ValueError: they differ from the saved ones
     """
+    program.guide = settled_guide(
+        program.guide, program._guide_given, program.loss, program.model, args, kwargs
+    )
     if program.pending_guide is None:
         return
     with undisturbed(), poutine.block(), torch.no_grad():

@@ -180,13 +180,18 @@ def data_scale(model: Callable[..., Any], batches: Minibatches) -> DataScale | N
     return DataScale(plates, batches.n / batches.batch_size) if outside else None
 
 
-def _may_replace(model: Callable[..., Any], batches: Minibatches) -> bool:
-    """Whether data can be drawn with replacement: rows of the arguments must be slices of a data plate."""
+def _may_replace(model: Callable[..., Any], batches: Minibatches, whole_data_sets: bool) -> bool:
+    """Whether data can be drawn with replacement: rows of the arguments must be slices of a data plate.
+
+    :param whole_data_sets: whether a data set with globals is to stay as it is
+    """
     if not batches.whole:
         return True  # which data_scale has checked
     if not batches.n or batches.everything:
         return False
     _, structure = _look(model, batches, batches.n)
+    if whole_data_sets and structure.globals:
+        return False
     return any(plate.size == plate.full_size == batches.n for plate in structure.data_plates)
 
 
@@ -292,7 +297,9 @@ class Trainer:
         if scale is not None and getattr(loss, "whole_data_sets", False):
             _refuse_minibatches(model, batches, loss)
         batches.replace = (
-            isinstance(loss, SinkhornLoss) and loss.replaces_data and _may_replace(model, batches)
+            isinstance(loss, SinkhornLoss)
+            and loss.replaces_data
+            and _may_replace(model, batches, loss.whole_data_sets)
         )
         self.model = model if scale is None else scale(model)
         # Sinkhorn losses score no local site of the guide; others do, and need both sides at one scale.

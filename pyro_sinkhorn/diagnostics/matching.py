@@ -16,6 +16,7 @@ from torch import Tensor
 from pyro_sinkhorn.errors import ProgramError, checked_integer
 from pyro_sinkhorn.losses.base import SinkhornLoss
 from pyro_sinkhorn.losses.call import Call
+from pyro_sinkhorn.losses.data_set_match import DataSetMatch, DataSets
 from pyro_sinkhorn.losses.latent_match import GroupMatch
 from pyro_sinkhorn.losses.matching import MatchOptions
 from pyro_sinkhorn.losses.prior import fixed_values
@@ -61,7 +62,7 @@ class MatchReport:
 
     reconstruction:  -log p(x | z) per datum; None without a likelihood
     groups:          one row a group
-    n_data:          data that were encoded, or compared
+    n_data:          data that were encoded, or compared; of a program with globals, simulated data sets
     match_size:      units in each half-cloud: the floor shrinks as it grows
     covariates:      what was appended to the clouds of a conditional simulator
     joint:           whether data were compared together with their latents
@@ -144,7 +145,7 @@ def match_report(
     :param args: arguments of the model; at least twice ``match_size`` data for a stable number
     :param loss: the loss whose match to report; default ``Trace_Sinkhorn()``. With a ``Trace_DataSinkhorn`` the match is
         that of simulated data to data, with a ``Trace_JointSinkhorn`` that of the joints with the latents; the floor is
-        then that between independent simulations
+        then that between independent simulations. Where such a program has globals, all data sets are simulated
     :param num_floor: evaluations of match and floor each, at least 2
     :param num_draws: guide draws for the encoder's variance, at least 2
     :raises ProgramError: model, guide and data do not fit together
@@ -165,6 +166,10 @@ def match_report(
     )
     # A copy, since what a report meets first must not become the unit of later training.
     loss = copy.deepcopy(loss or Trace_Sinkhorn())
+    if isinstance(loss, Trace_JointSinkhorn):
+        sets = loss.data_sets(model, guide, args, kwargs)
+        if sets is not None:
+            return _report_of_data_sets(DataSetMatch(loss.joint_match), sets, num_floor, num_draws)
     if isinstance(loss, Trace_DataSinkhorn | Trace_JointSinkhorn):
         return _report_of_data(loss, model, guide, args, kwargs, num_floor, num_draws)
     if not isinstance(loss, Trace_Sinkhorn):
@@ -228,6 +233,26 @@ def _report_of_data(
         match_size=_size(matcher.options, call.groups),
         covariates=matcher.covariate_names(call),
         joint=joint,
+    )
+
+
+def _report_of_data_sets(match: DataSetMatch, sets: DataSets, num_floor: int, num_draws: int) -> MatchReport:
+    """Simulated data sets with the guide's latents against others with their own."""
+    matches = [match(sets) for _ in range(num_floor)]
+    floors = [match.floor(sets) for _ in range(num_floor)]
+    pairs = sets.pairs()
+    traces = [sets.inferred(pairs) for _ in range(num_draws)]
+    units = min(match.joint.options.match_size, max(sets.num // 2, 1))
+    return MatchReport(
+        reconstruction=None,
+        groups=_compared(
+            matches,
+            floors,
+            lambda name: _noise_share(torch.stack([match.coordinates(sets, one, name) for one in traces])),
+        ),
+        n_data=sets.num,
+        match_size=units,
+        joint=True,
     )
 
 

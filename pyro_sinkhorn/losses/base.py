@@ -53,6 +53,7 @@ class SinkhornLoss(ELBO):
     needs_guide:    whether a program without a guide is to be given ``AutoImplicit``
     replaces_data:  whether ``fit`` draws minibatches with replacement
     default_guide:  class of the guide of a program that is given none
+    guide_of_globals: the same for a program with latents outside its data plates, where that differs
     makes_posterior: whether the guide that it trains is a posterior
     whole_data_sets: whether globals are read off the data of a call, which then must be all of them
     """
@@ -60,6 +61,7 @@ class SinkhornLoss(ELBO):
     needs_guide = True
     replaces_data = False
     default_guide: Any = None
+    guide_of_globals: Any = None
     makes_posterior = False
     whole_data_sets = False
 

@@ -84,12 +84,16 @@ class DataColumns:
         if name not in self.features:
             return embedded(trace, name, plates, data_geometry(fn, name).embed)
         return embedded(
-            trace, name, plates, lambda value: _featured(self.features[name], name, value, fn.event_shape)
+            trace, name, plates, lambda value: featured(self.features[name], name, value, fn.event_shape)
         )
 
 
-def _featured(features: FeatureMap, name: str, value: Tensor, event_shape: torch.Size) -> Tensor:
-    """``(batch..., f)`` of values ``(batch..., *event)``; a network's own parameters get no gradient."""
+def featured(features: FeatureMap, name: str, value: Tensor, event_shape: torch.Size) -> Tensor:
+    """``(batch..., f)`` of values ``(batch..., *event)``; a network's own parameters get no gradient.
+
+    :raises ProgramError: it is no such map, naming the site
+    :raises NonFiniteError: it returns NaN or infinity
+    """
     batch = value.shape[: value.dim() - len(event_shape)]
     flat = value.reshape(-1, *event_shape)
     if isinstance(features, nn.Module):

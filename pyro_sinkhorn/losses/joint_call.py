@@ -62,7 +62,7 @@ def joint_call(model: Any, simulated: Trace, guide: Trace, args: Any, kwargs: An
     for name in structure.locals:
         observed.nodes[name] = below.nodes[name]
     check_supports(observed, structure)
-    return dataclasses.replace(call, groups=_groups(structure, observed))
+    return dataclasses.replace(call, groups=joint_groups(structure, observed))
 
 
 def prior_of(call: Simulation) -> Trace:
@@ -113,31 +113,38 @@ def _check_guide(guide: Trace, structure: Structure) -> None:
     """Every latent is a local one, produced by the guide with a gradient."""
     if structure.globals:
         raise ProgramError(
-            f"latent sites {list(structure.globals)} are outside every data plate: there is one draw of each, and no cloud of "
-            "draws that could be compared with simulated ones. Make them pyro.param to learn them, move them into the plate "
-            "if every datum has its own, or use Trace_EnergyScore, which infers such latents from simulated data sets"
+            f"latent sites {list(structure.globals)} are outside every data plate, and this loss was first called on a program "
+            "that had none: give this program a loss of its own"
         )
     if not structure.locals:
         raise ProgramError(
             "the model has no latent site in its data plates, so the two joints are laws of the data alone: use "
             "Trace_DataSinkhorn, which compares these and needs no guide"
         )
+    refuse_discrete(guide, structure.locals)
+    check_guide(guide, structure)
+
+
+def refuse_discrete(guide: Trace, latents: tuple[str, ...]) -> None:
+    """A cloud of states teaches a guide nothing.
+
+    :raises ProgramError: naming the first of these latents that the guide draws so
+    """
     for name, site in sample_sites(guide):
         discrete = getattr(site["fn"].support, "is_discrete", False) and not site["fn"].has_rsample
-        if name in structure.locals and is_latent(site) and (discrete or not _is_floating(site)):
+        if name in latents and is_latent(site) and (discrete or not _is_floating(site)):
             raise ProgramError(
                 f"guide site {name!r} is a {type(innermost(site['fn'])).__name__}, a discrete latent: a cloud of its states "
                 "passes no gradient to the guide. Use Trace_EnergyScore, whose guide scores them, or "
                 "AutoImplicit(..., discrete='straight_through') with its biased gradient"
             )
-    check_guide(guide, structure)
 
 
 def _is_floating(site: Any) -> bool:
     return isinstance(site["value"], torch.Tensor) and site["value"].is_floating_point()
 
 
-def _groups(structure: Structure, observed: Trace) -> tuple[Group, ...]:
+def joint_groups(structure: Structure, observed: Trace) -> tuple[Group, ...]:
     """Latents and observed sites by the data plates they share, coarse ones first."""
     members: dict[tuple[Plate, ...], list[str]] = {g.plates: list(g.sites) for g in structure.groups}
     for name in structure.data:

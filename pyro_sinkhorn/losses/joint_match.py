@@ -116,12 +116,15 @@ class JointMatch:
     def _compare(self, call: Simulation, left: Trace, right: Trace) -> list[GroupMatch]:
         if isinstance(self.options.cost, Mapping):
             check_names(self.options.cost, set(call.structure.locals))
-        self.data_columns.features = self._features_by_site(call)
+        self.data_columns.features = self.features_by_site(call.structure.data)
         draws = Draws(lambda: prior_of(call))
         return [self._compare_group(call, left, right, group, draws) for group in call.groups]
 
-    def _features_by_site(self, call: Simulation) -> dict[str, FeatureMap]:
-        data = call.structure.data
+    def features_by_site(self, data: tuple[str, ...]) -> dict[str, FeatureMap]:
+        """Maps that were given for the observed sites.
+
+        :raises ProgramError: they are of other sites
+        """
         if self.features is None:
             return {}
         if not isinstance(self.features, Mapping):

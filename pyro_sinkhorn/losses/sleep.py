@@ -84,7 +84,7 @@ class Sleeper:
         """
         truth = dict(pairs.values)
         drawn = self._drawn(guide, pairs, seen, structure, truth, args, kwargs, part == "globals")
-        _check_drawn(drawn, structure.globals if part == "globals" else structure.latents)
+        check_drawn(drawn, structure.globals if part == "globals" else structure.latents)
         relative = frozenset(getattr(guide, "relative", ())) if _is_autoregressive(guide) else frozenset()
         blocks = _blocks(guide, structure, drawn)
         if part != "all":
@@ -165,7 +165,7 @@ class Sleeper:
         only_globals: bool,
     ) -> dict[str, tuple[Any, Tensor]]:
         """Draws ``(S, P, *batch, *event)`` of every latent, each with the distribution it came from."""
-        _refuse_plain_globals(guide, structure)
+        refuse_plain_globals(guide, structure)
         observed = find_observed(seen, structure, args, kwargs, dict(pairs.indices))
         if isinstance(guide, LazyGuide) and getattr(guide, "_encoder_input", None) is None:
             if guide._structure is None:
@@ -301,7 +301,11 @@ def _averaged(score: Tensor, weights: Tensor | None, counted: Tensor | None) -> 
     return score.mean() if score.numel() else score.sum()
 
 
-def _check_drawn(drawn: dict[str, Any], latents: tuple[str, ...]) -> None:
+def check_drawn(drawn: dict[str, Any], latents: tuple[str, ...]) -> None:
+    """A guide draws every latent with a gradient, or as a law on states: by name, each with its distribution.
+
+    :raises ProgramError: naming the site
+    """
     missing = [name for name in latents if name not in drawn]
     unknown = [name for name in drawn if name not in latents]
     if missing or unknown:
@@ -327,7 +331,11 @@ def _check_moments(relative: frozenset[str], pairs: Pairs) -> None:
         )
 
 
-def _refuse_plain_globals(guide: Any, structure: Structure) -> None:
+def refuse_plain_globals(guide: Any, structure: Structure) -> None:
+    """A guide whose globals do not depend on the data learns nothing from many data sets.
+
+    :raises ProgramError: naming one that does
+    """
     if isinstance(guide, AutoImplicit) and structure.globals:
         raise ProgramError(
             f"AutoImplicit gives the globals {list(structure.globals)} one law for all data, but this loss shows it many "

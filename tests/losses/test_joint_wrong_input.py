@@ -37,15 +37,6 @@ def value(program, guide, *args, **options):
 X = torch.zeros(16, 2, dtype=torch.float64) + torch.arange(16.0, dtype=torch.float64)[:, None] / 8
 
 
-def test_a_global_has_no_cloud():
-    def program(x):
-        pyro.sample("mu", dist.Normal(0.0, 1.0))
-        model(x)
-
-    with pytest.raises(ProgramError, match=r"\['mu'\] are outside every data plate.*Trace_EnergyScore"):
-        value(program, AutoImplicit(program), X)
-
-
 def test_a_discrete_latent_passes_no_gradient():
     def program(x):
         with pyro.plate("data", len(x)):
