@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,7 +89,10 @@ def calibration_for(before: Calibration | None, guide: Any, loss: Any, program: 
         shared = own and guide is None
         made = program.guide if shared else posterior_guide_for(guide, program.model, program.guide)
         _check_trainable(made)
-        loss_of_own = program.loss if own else Trace_EnergyScore(wake=False)
+        # Its units are those of the guide that it scores: another guide may be scored in other coordinates.
+        loss_of_own = (
+            program.loss if shared else program.loss.fresh() if own else Trace_EnergyScore(wake=False)
+        )
         before = Calibration(made, loss_of_own, given=guide is not None)
     # A loss given may belong to others, too.
     return before if loss is None else dataclasses.replace(before, loss=loss.fresh())
@@ -105,13 +108,17 @@ def _check_trainable(guide: Any) -> None:
 
 @contextmanager
 def undone_on_error(program: Any, before: Calibration | None) -> Iterator[None]:
-    """A calibration that failed before its first step leaves none behind."""
+    """A calibration that failed before its first step leaves none behind; later its guide is that of the program now."""
+    calibration, done = program.calibration, program.calibration.num_steps
     try:
         yield
     except BaseException:
-        if program.calibration is not None and not program.calibration.num_steps:
+        if not calibration.num_steps:
             program.calibration = before
         raise
+    finally:
+        if calibration.num_steps > done:
+            calibration.program_steps = program.num_steps
 
 
 def calibrate(
@@ -126,12 +133,14 @@ def calibrate(
     num_rounds: int,
     prior_share: float,
     sizes: tuple[int, int] | None,
+    fixed: Iterable[nn.Module],
     progress: bool,
 ) -> None:
     """Train the guide of a calibration; the best state on held-out simulations is kept where there are any.
 
     The arguments are those of :meth:`pyro_sinkhorn.SinkhornProgram.calibrate`.
 
+    :param fixed: modules of the program, which a guide may hold too but must not train
     :raises NonFiniteError: a score or gradient is NaN or infinite; the guide keeps the last good state
     """
     num_rounds = checked_integer("num_rounds", num_rounds, 1)
@@ -144,13 +153,14 @@ def calibrate(
         raise ProgramError("num_rounds looks at one data set, sizes= at many: give one of the two")
     simulations = Simulations(model, calibration.loss, args, kwargs, num_simulations, sizes)
     guide = calibration.guide
+    held = {id(parameter) for module in fixed for parameter in module.parameters()}
     with tqdm(total=num_steps, disable=not progress, desc="calibrate", unit="step") as bar:
         for i in range(num_rounds):
             if i:
                 simulations.focus(guide, prior_share)
             simulations.prepare(share=1 / num_rounds)
             steps = num_steps * (i + 1) // num_rounds - num_steps * i // num_rounds
-            _round(model, calibration, simulations, steps, lr, bar)
+            _round(model, calibration, simulations, steps, lr, held, bar)
     calibration.num_simulations += simulations.drawn
 
 
@@ -160,6 +170,7 @@ def _round(
     simulations: Simulations,
     num_steps: int,
     lr: float,
+    fixed: set[int],
     bar: Any,
 ) -> None:
     """Steps on one set of simulations, the learning rate rising shortly and then falling to 0 along a cosine."""
@@ -168,7 +179,11 @@ def _round(
     first = next(chunks)
     with torch.no_grad():
         guide(*first.args, **first.kwargs)
-    parameters = [p for p in guide.parameters() if p.requires_grad]
+    parameters = [p for p in guide.parameters() if p.requires_grad and id(p) not in fixed]
+    if not parameters:
+        raise ProgramError(
+            f"the posterior guide, a {type(guide).__name__}, has no parameters besides those of the program: nothing to train"
+        )
     optim = torch.optim.Adam(parameters, lr=lr)
     warm_up = min(200, num_steps // 10 + 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -235,10 +250,11 @@ def _held_out_scores(loss: Trace_EnergyScore, model: Any, guide: Any, chunks: li
     return torch.stack(scores)
 
 
-def state_of(calibration: Calibration, fitted: Any) -> dict[str, Any]:
+def state_of(calibration: Calibration, fitted: Any, loss: Any) -> dict[str, Any]:
     """What a calibration has learned, as tensors and numbers.
 
     :param fitted: the guide of the program, which a calibration may share
+    :param loss: of the program, likewise
     """
     guide = calibration.guide
     shared = guide is fitted
@@ -251,6 +267,7 @@ def state_of(calibration: Calibration, fitted: Any) -> dict[str, Any]:
         "class": type(guide).__name__,
         "options": options,
         "given": calibration.given,
+        "shares_loss": calibration.loss is loss,
         "config": calibration.loss.config(),
         "loss": calibration.loss.state(),
         "energy": torch.tensor(calibration.energy, dtype=torch.float64),
@@ -283,7 +300,7 @@ def restored(saved: dict[str, Any], model: Callable[..., Any], fitted: Any, loss
     guide = fitted if saved["shared"] else posterior_guide_for(like, model, fitted)
     if not saved["shared"]:
         guide.load_state_dict(saved["guide"])
-    mine = loss if isinstance(loss, Trace_EnergyScore) else Trace_EnergyScore(**saved["config"])
+    mine = loss if saved["shares_loss"] else Trace_EnergyScore(**saved["config"])
     if mine is not loss:
         mine.load_state(saved["loss"])
     held_out = [(int(step), score) for step, score in saved["held_out"].tolist()]

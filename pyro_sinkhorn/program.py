@@ -102,6 +102,7 @@ class SinkhornProgram(Queries):
         self.device: torch.device | None = None
         #: The posterior guide that :meth:`calibrate` trains, with its history.
         self.calibration: Calibration | None = None
+        self.refined = None
         return self
 
     @property
@@ -232,9 +233,9 @@ class SinkhornProgram(Queries):
                 num_rounds=num_rounds,
                 prior_share=prior_share,
                 sizes=sizes,
+                fixed=self.modules.values(),
                 progress=progress,
             )
-            self.calibration.program_steps = self.num_steps
         return self
 
     def to(self, device: torch.device | str) -> SinkhornProgram:

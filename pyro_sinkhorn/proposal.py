@@ -128,7 +128,7 @@ class Proposal:
         return values, weights
 
     def _chosen(self, values: Mapping[str, Tensor], inside: Tensor) -> dict[str, Tensor]:
-        return {name: values[name][inside] for name in (*self.names, *self.carried)}
+        return {name: values[name][inside.to(values[name].device)] for name in (*self.names, *self.carried)}
 
     def _embedded(self, values: Mapping[str, Tensor], fit: bool = False) -> Tensor:
         columns = []

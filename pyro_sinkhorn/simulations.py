@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_sinkhorn.errors import ProgramError, checked_integer
 from pyro_sinkhorn.losses.pairs import Pairs, follows_rows
+from pyro_sinkhorn.losses.scoring import run_guide
 from pyro_sinkhorn.losses.trace_energy_score import Trace_EnergyScore
 from pyro_sinkhorn.proposal import Proposal
 from pyro_sinkhorn.structure import Structure, nesting_of, plates_of
@@ -22,6 +23,8 @@ from pyro_sinkhorn.training import Minibatches
 _ROWS = 128
 #: Of a fixed number of simulations, the share that is kept out of training to choose the best state by.
 _HELD_OUT = 0.1
+#: Chunks that these are cut into, at least.
+_HELD_CHUNKS = 10
 #: Rows that priors are drawn for at once, at most, and the name that these go by among latents.
 _PRIOR_ROWS, _ROW = 4096, "row of the data"
 #: Draws of the guide that say where the posterior is.
@@ -93,8 +96,9 @@ class Simulations:
             return
         number = max(round(share * self.num), 2)
         n_held = max(1, round(_HELD_OUT * number))
-        self.held_out += self._chunks(n_held)
-        self.chunks += self._chunks(number - n_held)
+        # In several, however few they are: what differs between chunks tells how exact their mean is.
+        self.held_out += self._chunks(n_held, max(math.ceil(n_held / _HELD_CHUNKS), 2))
+        self.chunks += self._chunks(number - n_held, self._per_chunk())
 
     def steps(self) -> Iterator[Chunk]:
         """Chunks without end."""
@@ -118,17 +122,17 @@ class Simulations:
         rows = self.batches.n if self.in_rows else 1
         draws: dict[str, list[Tensor]] = {name: [] for name in names}
         for _ in range(max(-(-_ANCHORS // rows), 1)):
-            values = guide(*args, **kwargs)
+            drawn = run_guide(guide, args, kwargs)
             for name in names:
-                draws[name].append(self._flat(name, values[name].unsqueeze(0)))
+                draws[name].append(self._flat(name, drawn.nodes[name]["value"].unsqueeze(0)))
         anchors = {name: torch.cat(found) for name, found in draws.items()}
         keep = torch.randperm(len(anchors[names[0]]))[:_ANCHORS]
         self.proposal.update(
             {name: value[keep] for name, value in anchors.items()}, self._prior, self.seen.nodes
         )
 
-    def _chunks(self, left: int) -> list[Chunk]:
-        most = self._per_chunk()
+    def _chunks(self, left: int, size: int) -> list[Chunk]:
+        most = min(size, self._per_chunk())
         return [self.simulate(min(most, left - done)) for done in range(0, left, most)]
 
     def _per_chunk(self) -> int:

@@ -85,7 +85,7 @@ def take(program: Fitted) -> dict[str, Any]:
         config |= dict.fromkeys(own)
         saved["loss"] |= {"config": config, "own": own} | program.loss.state()
     if program.calibration is not None:
-        saved["calibration"] = calibration.state_of(program.calibration, program.guide)
+        saved["calibration"] = calibration.state_of(program.calibration, program.guide, program.loss)
     return state.detached(saved)
 
 

@@ -20,6 +20,7 @@ from pyro_sinkhorn import (
     Trace_EnergyScore,
     Trace_Sinkhorn,
 )
+from pyro_sinkhorn.averaging import Average, Keeper
 from pyro_sinkhorn.diagnostics.simulated_range import OutOfRangeWarning
 from pyro_sinkhorn.errors import NonFiniteError, ProgramError
 from pyro_sinkhorn.losses.pairs import Simulator
@@ -216,15 +217,22 @@ def test_a_fixed_number_is_not_exceeded_and_the_best_state_is_kept():
 
 
 def test_the_best_state_is_what_is_left():
-    from pyro_sinkhorn.calibration import _Keeper
-
     net = nn.Linear(1, 1)
-    keeper = _Keeper(net)
-    for score, value in ((3.0, 1.0), (1.0, 2.0), (2.0, 3.0), (math.nan, 4.0)):
-        nn.init.constant_(net.weight, value)
-        keeper.offer(score)
-    keeper.restore()
-    assert float(net.weight.detach()) == 2.0
+    for last, kept in ((2.0, 2.0), (1.05, 4.0), (math.nan, 4.0)):
+        keeper = Keeper(net, Average(list(net.parameters())))
+        for score, value in ((3.0, 1.0), (1.0, 2.0), (2.0, 3.0), (last, 4.0)):
+            nn.init.constant_(net.weight, value)
+            keeper.offer(score + torch.tensor([0.5, -0.5, 0.0]) * (value == 4.0))
+        keeper.average.values = [p.detach().clone() for p in net.parameters()]
+        keeper.settle()
+        assert float(net.weight.detach()) == kept  # only where it is clearly better
+
+
+def test_few_simulations_are_held_out_in_several_chunks():
+    # Of one alone nobody knows how exact its score is, and no earlier state would ever be kept.
+    simulations = Simulations(plain, Trace_EnergyScore(wake=False), (torch.randn(20),), {}, 300, None)
+    simulations.prepare(1.0)
+    assert len(simulations.held_out) == 10
 
 
 def test_sizes_vary_between_their_bounds():
@@ -326,6 +334,49 @@ def test_a_loss_given_is_copied_and_taken_by_a_second_call():
     assert program.calibration.num_steps == 5
 
 
+class ByHand(pyro.nn.PyroModule):
+    """Returns nothing; holds a decoder of the program's besides weights of its own."""
+
+    def __init__(self, held=None):
+        super().__init__()
+        self.held, self.net = held, nn.Linear(2, 1)
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            noise = pyro.sample("noise", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
+            seen = x if self.held is None else self.held(x.unsqueeze(-1)).squeeze(-1)
+            pyro.sample("z", Implicit(self.net(torch.stack([seen, noise], -1)).squeeze(-1)))
+
+
+def test_rounds_of_a_guide_by_hand():
+    program = calibrated(guide=ByHand(), num_steps=2, num_rounds=2, num_simulations=20)
+    assert program.calibration.num_simulations == 20
+
+
+def test_a_guide_does_not_train_what_it_holds_of_the_program():
+    net = nn.Linear(1, 1)
+
+    def model(x):
+        pyro.module("net", net)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(net(z.unsqueeze(-1)).squeeze(-1), 0.5), obs=x)
+
+    guide = ByHand(net)
+    before = [p.detach().clone() for p in (net.weight, guide.net.weight)]
+    program = calibrated(model, guide=guide)
+    assert torch.equal(program.modules["net"].weight, before[0])
+    assert not torch.equal(guide.net.weight, before[1])
+
+
+def test_a_model_that_insists_on_its_number_of_data():
+    def model(x):
+        assert len(x) == 20
+        plain(x)
+
+    assert calibrated(model).has_posterior
+
+
 # Failures.
 
 
@@ -363,7 +414,38 @@ def test_interrupted_before_its_first_step_the_calibration_of_before_is_back(mon
     assert program.calibration is before
 
 
+def test_interrupted_later_it_is_of_the_program_that_it_saw(monkeypatch):
+    x = torch.randn(20)
+    program = SinkhornProgram(plain, loss=Trace_Sinkhorn(match_size=4)).fit(x, num_steps=2, progress=False)
+    monkeypatch.setattr(Average, "update", lambda self, i: 1 / (i - 2))
+    with pytest.raises(ZeroDivisionError):
+        program.calibrate(x, num_steps=5, guide=Small, progress=False)
+    assert program.calibration.num_steps == 2 and program.calibration.program_steps == 2
+
+
 # State.
+
+
+def test_one_datum_is_enough_after_loading(tmp_path):
+    def model(x, sd):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, sd), obs=x)
+
+    x, sd = torch.randn(20), torch.tensor([0.5])
+    program = SinkhornProgram(model).calibrate(x, sd, num_steps=1, progress=False)
+    program.save(tmp_path / "program")
+    loaded = SinkhornProgram.load(tmp_path / "program", model)
+    # A constant is as long as one datum, and no covariate for that.
+    assert loaded.posterior(x[:1], sd, num_samples=3, check_range=False)["z"].shape == (3, 1)
+
+
+def test_a_loss_of_its_own_is_kept(tmp_path):
+    program = SinkhornProgram(plain, guide=Small, loss=Trace_EnergyScore())
+    program.calibrate(torch.randn(20), loss=Trace_EnergyScore(num_draws=3), num_steps=1, progress=False)
+    program.save(tmp_path / "program")
+    loaded = SinkhornProgram.load(tmp_path / "program", plain, guide=Small)
+    assert loaded.calibration.loss.num_draws == 3 and loaded.loss.num_draws == 8
 
 
 @pytest.mark.parametrize("how", ["clone", "pickle", "save"])

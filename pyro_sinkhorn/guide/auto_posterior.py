@@ -12,7 +12,6 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
 from pyro_sinkhorn.errors import ProgramError
-from pyro_sinkhorn.explain import Path
 from pyro_sinkhorn.geometry.registry import geometry_of
 from pyro_sinkhorn.guide.auto_implicit import AutoImplicit
 from pyro_sinkhorn.guide.encoder import Standardise, check_device, joined
@@ -32,6 +31,7 @@ from pyro_sinkhorn.guide.posterior_start import (
 from pyro_sinkhorn.guide.produce import Produced, Recipe
 from pyro_sinkhorn.guide.reading import (
     Covariates,
+    KnowsCovariates,
     Reading,
     encoded,
     find_covariates,
@@ -43,7 +43,7 @@ from pyro_sinkhorn.runs import check_appeared, run_model, subsamples
 from pyro_sinkhorn.structure import Group, Plate, Structure, nesting_of, plates_of, structure_of
 
 
-class AutoPosterior(LazyGuide):
+class AutoPosterior(KnowsCovariates, LazyGuide):
     r"""Guide for :class:`~pyro_sinkhorn.Trace_EnergyScore`: an implicit posterior of all latents, amortised over data sets.
 
     Latents are produced from coarse to fine, as the posterior of a program with plates factorises:
@@ -106,7 +106,6 @@ class AutoPosterior(LazyGuide):
             )
         self.encoder = encoder
         self._covariates: Covariates = covariates
-        self._covariate_paths: list[Path] = []
         self._noise_dim, self._hidden, self._depth = noise_dim, hidden, depth
         #: Arguments that make a guide alike, the encoder left out.
         self.options: dict[str, Any] = {
@@ -218,8 +217,9 @@ class AutoPosterior(LazyGuide):
             assert isinstance(encoder, SetEncoder)
             rows = reading.rows(stack)
             self._check_width(rows, len(encoder.standardise.loc), stack)
-            dims = sorted((plate.dim for plate in stack), reverse=True)
-            code = encoder(rows.to(encoder.standardise.loc), dims)
+            # Innermost first. Dimensions do not tell: Pyro gives the rightmost free one to the outermost plate.
+            dims = [plate.dim for plate in reversed(stack)]
+            code = encoder(rows.to(encoder.standardise.loc), dims, reading.counted(stack))
             sets = [len(code)] + [1] * self._nesting if reading.lead else []
             codes.append(code.reshape(*sets, encoder.width))
         return joined(*codes)
@@ -271,7 +271,8 @@ class AutoPosterior(LazyGuide):
         indices = subsamples(whole)
         self._nesting = nesting_of(whole)
         self._observed = find_observed(whole, structure, args, kwargs, indices)
-        self._covariate_paths = find_covariates(self._covariates, self._observed, args, kwargs)
+        if self._pending_state is None:  # else they are those of the state
+            self._covariate_paths = find_covariates(self._covariates, self._observed, args, kwargs)
         draws = simulations(self.model, structure, args, kwargs, indices)
         self.relative = find_relative(self.model, structure, draws, args, kwargs)
         check_supports(structure, draws)

@@ -57,6 +57,8 @@ class LazyGuide(PyroModule):
         prefixes = tuple(f"{name}." for name in self.made)
         if self._structure is None and any(name.startswith(prefixes) for name in state_dict):
             self._pending_state = dict(state_dict)
+            if "_extra_state" in state_dict:  # which the first call needs
+                self.set_extra_state(state_dict["_extra_state"])
             return torch.nn.modules.module._IncompatibleKeys([], [])
         return super().load_state_dict(state_dict, strict, assign)
 

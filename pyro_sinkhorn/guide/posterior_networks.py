@@ -65,7 +65,8 @@ class SetEncoder(nn.Module):
     .. math:: c = \bigl(\tfrac1n \sum_i h(x_i),\ \tfrac1n \sum_i x_i,\ \log n\bigr).
 
     Features themselves are averaged beside, so that what is linear in sums of the data is linear in the code. The logarithm
-    of the number of rows lets the guide narrow as data come in. Rows that a mask leaves nothing of are not counted.
+    of the number of rows lets the guide narrow as data come in. Rows that a mask leaves nothing of are not counted; zeros
+    and covariates beside missing values do not tell which these are, so it is said.
     """
 
     def __init__(self, n_features: int, num_plates: int, width: int) -> None:
@@ -75,13 +76,14 @@ class SetEncoder(nn.Module):
         self.layers = nn.ModuleList([perceptron(size, width, width) for size in sizes])
         self.width = n_features + num_plates * (width + 1)
 
-    def forward(self, rows: Tensor, dims: list[int]) -> Tensor:
+    def forward(self, rows: Tensor, dims: list[int], counted: Tensor | None = None) -> Tensor:
         """``(..., plates, n_features)`` to the same with plates of size 1 and ``width`` columns.
 
         :param dims: batch dimensions of the plates, innermost first
+        :param counted: rows that count, ``(plates,)``; None for all
         """
-        missing = rows.isnan()
-        counts = (~(missing | (rows == 0)).all(-1, keepdim=True) | ~missing.any(-1, keepdim=True)).to(rows)
+        counts = rows.new_ones((*rows.shape[:-1], 1))
+        counts = counts if counted is None else counts * counted.unsqueeze(-1).to(rows)
         h = self.standardise(rows)
         for layer, dim in zip(self.layers, dims, strict=True):
             n = counts.sum(dim - 1, keepdim=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -51,6 +52,26 @@ class Reading:
                 columns.append(placed(laid_out.to(columns[0]), plates))
         shape = plate_shape(around)
         return torch.cat([column.expand(*shape, column.shape[-1]) for column in columns], -1)
+
+    def counted(self, plates: tuple[Plate, ...]) -> Tensor | None:
+        """Slices in which something was observed, along the dimensions of the plates; None for all.
+
+        Sites outside of some of the plates do not count: their values are repeated along these.
+        """
+        names, keep = {plate.name for plate in plates}, {plate.dim for plate in plates}
+        found: Tensor | None = None
+        for site in self.observed:
+            if not names <= {plate.name for plate in site.plates}:
+                continue
+            if site.name not in self.values.present:
+                return None
+            present = self.values.present[site.name]
+            for dim in range(-present.dim(), 0):
+                present = present if dim in keep else present.any(dim, keepdim=True)
+            depth = max(-dim for dim in keep)
+            present = present.reshape(present.shape[max(present.dim() - depth, 0) :])
+            found = present if found is None else found | present
+        return found
 
     def stacks(self) -> list[tuple[Plate, ...]]:
         """Plates of the observed sites, each stack once."""
@@ -107,6 +128,21 @@ def find_covariates(
         )
         return []
     return found
+
+
+class KnowsCovariates:
+    """A guide whose state says which arguments are covariates: data of another size need not show it."""
+
+    #: Where they are among the arguments.
+    _covariate_paths: list[Path] = []
+
+    def get_extra_state(self) -> Any:
+        """Paths as bytes, which a state of tensors can hold."""
+        return torch.tensor(list(json.dumps(self._covariate_paths).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Any) -> None:
+        """The inverse of :meth:`get_extra_state`."""
+        self._covariate_paths = [tuple(path) for path in json.loads(bytes(state.tolist()))]
 
 
 def read_covariates(

@@ -68,7 +68,7 @@ class Pairs:
 
         def picked(value: Tensor) -> Tensor:
             axis = 1 + self.nesting + plate.dim
-            return value if value.shape[axis] == 1 else value.index_select(axis, index)
+            return value if value.shape[axis] == 1 else value.index_select(axis, index.to(value.device))
 
         values, moments = dict(self.values), dict(self.moments)
         for name in names:
@@ -207,8 +207,8 @@ def follows_rows(model: Callable[..., Any], args: Any, kwargs: Any, n: int) -> b
                 trace = run_model(model, *picked(args, kwargs, n, torch.arange(number) % n))
             plates = structure_of(trace).data_plates
             sizes.append({plate.name: plate.size for plate in plates if plate.size == plate.full_size})
-    except (RuntimeError, ValueError, IndexError):
-        return False  # the model knows how many data it has
+    except Exception:  # whatever a model does that knows how many data it has
+        return False
     return any(size == n and sizes[1].get(name) == n + 1 for name, size in sizes[0].items())
 
 

@@ -209,6 +209,22 @@ def check_latent_shape(site: Site, value: Tensor) -> None:
             )
 
 
+def check_drawn_shapes(trace: Trace, seen: Trace) -> None:
+    """Draws of the wrong shape would be broadcast against the truth.
+
+    :raises ProgramError: naming the site
+    """
+    for name, site in sample_sites(trace):
+        if is_latent(site) and name in seen.nodes:
+            check_latent_shape(seen.nodes[name], site["value"])
+            shape, wanted = site["value"].shape, seen.nodes[name]["value"].shape
+            if shape[: max(len(shape) - len(wanted), 0)].numel() > 1:
+                raise ProgramError(
+                    f"latent site {name!r}: the guide gives values of shape {tuple(shape)}, the model's have {tuple(wanted)}: "
+                    "too many dimensions; say event_dim of Implicit and the guide's plates as in the model"
+                )
+
+
 def number_of_data(model: Trace, structure: Structure) -> float:
     """Data that the trace stands for: slices of the outermost data plate times the scale of its observed site."""
     plate = structure.data_plates[0]

@@ -23,7 +23,7 @@ from pyro_sinkhorn.guide.shown import Shown, showing
 from pyro_sinkhorn.losses.clouds import rows, slices
 from pyro_sinkhorn.losses.energy import ScoringCoordinates, energy_score, expected_energy_score
 from pyro_sinkhorn.losses.pairs import Pairs, substituted
-from pyro_sinkhorn.losses.scoring import run_guide
+from pyro_sinkhorn.losses.scoring import check_drawn_shapes, run_guide
 from pyro_sinkhorn.structure import Group, Plate, Structure, carried_along, is_latent, sample_sites
 
 Part = Literal["all", "globals", "locals"]
@@ -195,6 +195,7 @@ class Sleeper:
                 force = Force(self._forced(guide, seen, own))
                 with poutine.block(hide_types=["sample"]), force, _program_fixed(guide):
                     trace = run_guide(guide, shown_args, shown_kwargs)
+                check_drawn_shapes(trace, seen)
                 by_draw.append(_collected(trace, force.drawn))
             by_set.append(by_draw)
         return _stacked(by_set, pairs, seen)

@@ -1,5 +1,6 @@
 """The guide that is to be a posterior: every latent in its support, whatever the plates, the sizes and the order of data."""
 
+import dataclasses
 import functools
 import pickle
 
@@ -188,6 +189,52 @@ def test_masked_rows_do_not_count():
         drawn.append(guide(shown, there)["m"])
     torch.testing.assert_close(drawn[0], drawn[1])
     torch.testing.assert_close(drawn[0], drawn[2])
+
+
+def test_a_row_with_a_zero_counts_where_another_site_is_masked():
+    def model(x, y, present):
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            with poutine.mask(mask=present):
+                pyro.sample("x", dist.Normal(m, 0.5), obs=x)
+            pyro.sample("y", dist.Normal(m, 0.5), obs=y)
+
+    x, y, present = torch.randn(8), torch.randn(8).abs() + 1, torch.arange(8) < 5
+    guide = Small(model)
+    guide(x, y, present)
+    y[6:] = 0.0
+    drawn = []
+    for rows in (slice(None), slice(6)):
+        pyro.set_rng_seed(7)
+        drawn.append(guide(x[rows], y[rows], present[rows])["m"].detach())
+    assert not torch.allclose(*drawn)
+    here = torch.arange(8) < 6  # nor do covariates make a row count that is masked
+    reading = guide._reading(guide.last_inputs, (), {}, (x[:6], y[:6], present[:6]), {})
+    assert reading.counted(reading.stacks()[0]) is None
+    only = dataclasses.replace(reading, observed=[site for site in reading.observed if site.name == "x"])
+    assert only.counted(only.stacks()[0]).tolist() == (here & present)[:6].tolist()
+
+
+def test_globals_know_no_order_within_a_slice():
+    # The outer plate gets the rightmost dimension where Pyro chooses.
+    def model(x):
+        spread = pyro.sample("spread", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("groups", x.shape[1]):
+            z = pyro.sample("z", dist.Normal(0.0, spread))
+            with pyro.plate("members", len(x)):
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x, guide = torch.randn(4, 6), Small(model)
+    guide(x)
+    within, across = x.clone(), x.clone()
+    within[:, 2] = x[[3, 1, 0, 2], 2]
+    across[0] = x[0].roll(1)
+    drawn = []
+    for shown in (x, within, across):
+        pyro.set_rng_seed(7)
+        drawn.append(guide(shown)["spread"].detach())
+    torch.testing.assert_close(drawn[0], drawn[1], rtol=1e-12, atol=0)
+    assert abs(float(drawn[0] - drawn[2])) > 1e-9  # who belongs together counts
 
 
 # Covariates.

@@ -309,6 +309,16 @@ def test_what_a_guide_must_be():
         loss.loss(line, no_gradient, x)
 
 
+@pytest.mark.parametrize(("shape", "event_dim"), [((5, 1), 1), ((5, 1), 0), ((5, 2), 2), ((4,), 0)])
+def test_draws_by_hand_of_another_shape_are_named(shape, event_dim):
+    def guide(x):
+        w = pyro.param("w", torch.ones(()))
+        pyro.sample("z", Implicit(w * torch.randn(shape), event_dim=event_dim))
+
+    with pytest.raises(ProgramError, match="latent site 'z': the guide gives values of shape"):
+        Trace_EnergyScore(wake=False).loss(line, guide, torch.randn(5))
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"encoder_input": lambda x: x.unsqueeze(-1)}], ids=["", "encoder_input"]
 )
