@@ -15,6 +15,7 @@ from pyro_sinkhorn.errors import ProgramError
 from pyro_sinkhorn.geometry.registry import geometry_of
 from pyro_sinkhorn.guide.auto_implicit import AutoImplicit
 from pyro_sinkhorn.guide.encoder import Standardise, check_device, joined
+from pyro_sinkhorn.guide.factorisation import check_factorises
 from pyro_sinkhorn.guide.layout import columns_along
 from pyro_sinkhorn.guide.lazy import LazyGuide
 from pyro_sinkhorn.guide.make import make_group
@@ -276,6 +277,7 @@ class AutoPosterior(KnowsCovariates, LazyGuide):
         draws = simulations(self.model, structure, args, kwargs, indices)
         self.relative = find_relative(self.model, structure, draws, args, kwargs)
         check_supports(structure, draws)
+        check_factorises(self.model, structure, draws, args, kwargs)
         present = read_observed(self._observed, args, kwargs, indices, lambda: whole).present
         readings = []
         for draw in draws:
