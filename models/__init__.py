@@ -21,10 +21,18 @@ from pyro_sinkhorn.models.digits import (
 from pyro_sinkhorn.models.digits_conditional import conditional_digits, semi_supervised_digits
 from pyro_sinkhorn.models.directions import circular_walk, even_directions, sun_sensors
 from pyro_sinkhorn.models.ellipsoids import ellipsoid_radii, ellipsoids, spread_points
+from pyro_sinkhorn.models.epidemic import epidemic, simulate_epidemic
 from pyro_sinkhorn.models.factors import spike_and_slab
 from pyro_sinkhorn.models.hierarchical import growth_curves
 from pyro_sinkhorn.models.image_generator import image_generator, latent_grid
 from pyro_sinkhorn.models.mixtures import gaussian_mixture
+from pyro_sinkhorn.models.posteriors import (
+    eight_schools,
+    eight_schools_data,
+    regression_with_globals,
+    two_moons,
+    two_moons_posterior,
+)
 from pyro_sinkhorn.models.pseudo_inputs import pseudo_input_digits
 from pyro_sinkhorn.models.simulators import (
     g_and_k,
@@ -56,8 +64,11 @@ __all__ = [
     "decoder_network",
     "digits_with",
     "dirichlet_archetypes",
+    "eight_schools",
+    "eight_schools_data",
     "ellipsoid_radii",
     "ellipsoids",
+    "epidemic",
     "even_directions",
     "g_and_k",
     "g_and_k_quantile",
@@ -75,7 +86,9 @@ __all__ = [
     "prod_lda_normal",
     "pseudo_input_digits",
     "ranked_digits",
+    "regression_with_globals",
     "semi_supervised_digits",
+    "simulate_epidemic",
     "simulate_lotka_volterra",
     "simulate_state_space",
     "sphere_and_normal",
@@ -86,5 +99,7 @@ __all__ = [
     "sun_sensors",
     "switch_digits",
     "torus_digits",
+    "two_moons",
+    "two_moons_posterior",
     "van_der_pol_step",
 ]

@@ -137,9 +137,9 @@ class Queries:
     ) -> Diagnosis:
         """Print and return tables of what there is to check; ``.plot()`` of it draws the figures of a posterior.
 
-        Of a loss that matches clouds: reconstruction, match of each group against its noise floor, encoder variance (a
-        collapsed one is said). Of a program with a posterior: whether the data lie in the range of its simulations,
-        simulation-based calibration, coverage, contraction.
+        Of a loss that matches clouds, where it was fitted: reconstruction, match of each group against its noise floor,
+        encoder variance (a collapsed one is said). Of a program with a posterior: whether the data lie in the range of its
+        simulations, simulation-based calibration, coverage, contraction.
 
         :param num_floor: evaluations of match and floor each
         :param num_simulations: simulated data, or data sets where there are globals, to check the posterior on; 1000 and
@@ -149,7 +149,9 @@ class Queries:
         loss = self.loss if isinstance(self.loss, SinkhornLoss) else None
         with self._evaluating(seed, args, kwargs):
             match = posterior = None
-            if not isinstance(loss, Trace_EnergyScore):
+            # An encoder that was never fitted is none of what a program that was only calibrated has to show.
+            fitted = self.num_steps > 0 or not self.has_posterior
+            if fitted and not isinstance(loss, Trace_EnergyScore):
                 match = match_report(self.model, self.guide, *args, loss=loss, num_floor=num_floor, **kwargs)
             if self.has_posterior:
                 guide = self._posterior_guide()

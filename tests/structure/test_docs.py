@@ -1,12 +1,16 @@
-"""The snippets of docs/structure.md run, one after the other, without a warning."""
+"""The snippets of a page of the documentation run, one after the other, without a warning."""
 
 import re
 from pathlib import Path
 
-PAGE = Path(__file__).parents[2] / "docs" / "structure.md"
+import pytest
+
+DOCS = Path(__file__).parents[2] / "docs"
 
 
-def test_the_snippets_run():
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+@pytest.mark.parametrize("page", ["structure.md", pytest.param("posterior.md", marks=pytest.mark.slow)])
+def test_the_snippets_run(page):
+    path = DOCS / page
+    blocks = re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
     assert len(blocks) > 5
-    exec(compile("\n".join(blocks), str(PAGE), "exec"), {})
+    exec(compile("\n".join(blocks), str(path), "exec"), {})
