@@ -201,8 +201,8 @@ class SinkhornProgram(Queries):
         :param sizes: smallest and largest number of data in a simulated data set, for programs with globals; by default that
             of the data given
         :param lr: learning rate
-        :param guide: the posterior guide, or a class or partial to be called with the model; default
-            :class:`~pyro_sinkhorn.AutoPosterior`
+        :param guide: the posterior guide, a module that is trained in place, or a class or partial to be called with the
+            model; default :class:`~pyro_sinkhorn.AutoPosterior`
         :param loss: a :class:`~pyro_sinkhorn.Trace_EnergyScore`, of which a copy is used; default
             ``Trace_EnergyScore(wake=False)``
         :returns: the program; its ``calibration`` holds the guide and its history

@@ -49,13 +49,15 @@ class Trace_EnergyScore(SinkhornLoss):
 
     .. math::
 
-        \sum_{\text{blocks}} \frac{1}{c}\,\mathbb{E}_{p(z^*,x)}\Bigl[\mathbb{E}_q\|e(z)-e(z^*)\|^\beta
+        \frac1B \sum_{\text{blocks}} \frac{1}{c}\,\mathbb{E}_{p(z^*,x)}\Bigl[\mathbb{E}_q\|e(z)-e(z^*)\|^\beta
         - \tfrac12\mathbb{E}_q\|e(z)-e(z')\|^\beta\Bigr], \qquad z, z' \sim q(\cdot\mid x),
 
     with :math:`e` the embedding of the support (:mod:`pyro_sinkhorn.geometry`) and :math:`c` the score of the prior, so that
-    1 is a guide that knows nothing. It is least for :math:`q = p(z\mid x)` alone, and uses samples of the guide, the prior
-    and the simulator only. Latents of an :class:`~pyro_sinkhorn.AutoPosterior` are scored block by block given the truth of
-    those above them; other guides jointly with all that surrounds a datum. Discrete latents are scored over all states.
+    1 is a guide that knows nothing. The loss is that mean; with a wake step beside it, times the number of data. It is
+    least for :math:`q = p(z\mid x)` alone, and uses samples of the guide, the prior and the simulator only. Latents of an
+    :class:`~pyro_sinkhorn.AutoPosterior` are scored block by block given the truth of those above them; other guides
+    jointly with all that surrounds a datum. One written by hand is called once for every data set and draw, which takes
+    time where there are many. Discrete latents are scored over all states.
 
     *Wake.* The program ascends :math:`\mathbb{E}_q \log p(x, z)` at the observed data, latents detached, over the sites
     that have a density. Parameters of a prior without one learn by matching it to the aggregated posterior, as in
