@@ -7,7 +7,8 @@ PYTHON ?= python3
 TORCH ?= $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' constraints.txt)
 # benchmarks/<name>.py, run without arguments, writes benchmarks/results/<name>.json
 BENCHMARKS ?= no_shrinkage ot_accuracy digits globals_and_dependence svi_step_cost \
-	unrolled_gradients iris_ellipsoids simulator_recovery
+	unrolled_gradients iris_ellipsoids simulator_recovery \
+	posterior_exact posterior_calibration learning_and_calibration
 
 PY := $(VENV)/bin/python
 PACKAGING := pyproject.toml setup.py constraints.txt

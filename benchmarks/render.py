@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import render_posterior
 import render_priors
 import render_simulators
 import render_structure
@@ -199,6 +200,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "step parts": step_parts,
     **render_simulators.SECTIONS,
     **render_priors.SECTIONS,
+    **render_posterior.SECTIONS,
     **render_structure.SECTIONS,
     "step ratio": lambda: f"{load('svi_step_cost')['table'][-1]['ratio_to_elbo']:.1f}",
 }

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from scipy.stats import binom, norm
 from torch import Tensor
 
 from pyro_sinkhorn.diagnostics.calibration import SHOWN
@@ -98,7 +99,7 @@ def posterior_contraction(drawn: PosteriorDraws) -> ContractionReport:
     number of draws and for any law with a variance; the flag is raised 5 standard errors from it. Two more say how
     much was learned: *nothing learned from the data*, where posterior mean and truth are not correlated, by 5 standard
     errors (the data are silent on it, the draws ignore them, or the simulations are too few), and *wider than the prior*,
-    which no posterior is on average.
+    which no posterior is on average. *Draws all equal and wrong*: in more simulations than rare states explain.
 
     A law without variance (Cauchy, half-Cauchy) has no contraction. Where a single simulation makes up half the prior's
     estimated variance, the flag *heavy tails* says so, and only ranks are to be trusted: or give the logarithm in place of
@@ -135,8 +136,9 @@ def _of_scalar(scalar: Scalar) -> ScalarContraction:
     contractions = 1 - variance / prior if float(prior) > 0 else torch.full_like(variance, torch.nan)
     finite = z_scores[z_scores.isfinite()]
     flags = _flags(truth, variance, error, expected)
-    if len(finite) < len(z_scores):
-        flags.append(f"draws all equal and wrong in {len(z_scores) - len(finite)} simulations")
+    wrong = len(z_scores) - len(finite)
+    if wrong and _odd_truths_p_value(truth, draws) < 2 * norm.sf(FLAG):
+        flags.append(f"draws all equal and wrong in {wrong} simulations")
     return ScalarContraction(
         name=scalar.name,
         z_scores=z_scores,
@@ -168,6 +170,24 @@ def _flags(truth: Tensor, variance: Tensor, error: Tensor, expected: Tensor) -> 
     if _t((mean - mean.mean()) * (truth - truth.mean())) < FLAG:
         flags.append(NOTHING)
     return flags
+
+
+def _odd_truths_p_value(truth: Tensor, draws: Tensor) -> float:
+    """Probability of so many simulations whose draws all agree, and not with the truth, if both are exchangeable.
+
+    A rare state of a discrete latent makes such simulations under its exact posterior too. But where S of S + 1 values
+    agree and one is odd, it is the truth in one of S + 1 cases.
+    """
+    low, high = draws.min(0).values, draws.max(0).values
+    below, above = (draws == low).sum(0), (draws == high).sum(0)
+    odd_truth = (low == high) & (truth != low)
+    # All draws but one agree with each other and with the truth.
+    odd_draw = (low != high) & (
+        ((below == 1) & (above == len(draws) - 1) & (truth == high))
+        | ((above == 1) & (below == len(draws) - 1) & (truth == low))
+    )
+    wrong, cases = int(odd_truth.sum()), int((odd_truth | odd_draw).sum())
+    return float(binom.sf(wrong - 1, cases, 1 / (len(draws) + 1)))
 
 
 def _t(values: Tensor) -> float:

@@ -94,6 +94,19 @@ def test_draws_that_all_agree():
     assert exact.flags == () and exact.contraction == 1
 
 
+def test_a_rare_state_is_no_fault_of_its_exact_posterior():
+    p = torch.where(torch.rand(3000) < 0.5, 0.01, 0.99)
+    truth, draws = torch.bernoulli(p), torch.bernoulli(p.expand(20, -1))
+    wrong = int(((draws == draws[0]).all(0) & (draws[0] != truth)).sum())
+    assert wrong > 10  # of 3000, about 25 are expected
+    assert first(PosteriorDraws({"k": truth}, {"k": draws})).flags == ()
+    # A posterior that is surer than it should be: states of probability .01 are never drawn.
+    sure = (p > 0.5).double().expand(20, -1)
+    assert any(
+        "all equal and wrong" in flag for flag in first(PosteriorDraws({"k": truth}, {"k": sure})).flags
+    )
+
+
 def test_the_table():
     drawn = simulations(500, 20, d=33)
     drawn.draws["z"][..., 32] += 3
