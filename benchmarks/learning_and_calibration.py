@@ -129,8 +129,9 @@ def run(method: str, case: str, seed: int, steps: int, warm_up: int, num: int) -
     x = simulate(2000, case, seed)
     started = functools.partial(model, case=case)
     began = time.perf_counter(), time.process_time()
-    if method == "Trace_EnergyScore":
-        program = SinkhornProgram(started, AutoPosterior, Trace_EnergyScore())
+    if method.startswith("Trace_EnergyScore"):
+        loss = Trace_EnergyScore(wake_steps=10 if method.endswith("wake_steps=10") else 0)
+        program = SinkhornProgram(started, AutoPosterior, loss)
         program.calibrate(x, num_steps=warm_up, seed=seed, progress=False)
     else:
         pyro.set_rng_seed(seed)
@@ -168,7 +169,12 @@ def run(method: str, case: str, seed: int, steps: int, warm_up: int, num: int) -
     }
 
 
-METHODS = ("Trace_EnergyScore", "Trace_ELBO, independent normals", "Trace_ELBO, full covariance")
+METHODS = (
+    "Trace_EnergyScore",
+    "Trace_EnergyScore, wake_steps=10",
+    "Trace_ELBO, independent normals",
+    "Trace_ELBO, full covariance",
+)
 
 
 def main() -> None:

@@ -31,11 +31,11 @@ from pyro_sinkhorn.labelled import (
     renamed,
     with_gaps,
 )
-from pyro_sinkhorn.losses.scoring import run_guide
 from pyro_sinkhorn.replay import DrawnSubsamples, pinned, replayed
 from pyro_sinkhorn.rng import RandomStream, undisturbed
 from pyro_sinkhorn.runs import run_model, subsamples
 from pyro_sinkhorn.sampling import program_draws
+from pyro_sinkhorn.scoring import run_guide
 from pyro_sinkhorn.structure import (
     innermost,
     is_data,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_sinkhorn.errors import ProgramError
 from pyro_sinkhorn.guide.lazy import LazyGuide
-from pyro_sinkhorn.losses.scoring import log_density
+from pyro_sinkhorn.scoring import log_density
 from pyro_sinkhorn.structure import present_of
 
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from pyro_sinkhorn.errors import NonFiniteError, ProgramError, checked_integer
 from pyro_sinkhorn.explain import bad_rows, explained, spoken, tensors_of
 from pyro_sinkhorn.guide.lazy import LazyGuide
-from pyro_sinkhorn.losses.scoring import run_guide
 from pyro_sinkhorn.losses.side_by_side import vectorises
 from pyro_sinkhorn.runs import run_model
+from pyro_sinkhorn.scoring import run_guide
 from pyro_sinkhorn.structure import is_data, is_latent, nesting_of, sample_sites, structure_of
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from pyro_sinkhorn.errors import ProgramError, checked_integer
 from pyro_sinkhorn.losses.pairs import Pairs, follows_rows
-from pyro_sinkhorn.losses.scoring import run_guide
 from pyro_sinkhorn.losses.trace_energy_score import Trace_EnergyScore
 from pyro_sinkhorn.proposal import Proposal
+from pyro_sinkhorn.scoring import run_guide
 from pyro_sinkhorn.structure import Structure, nesting_of, plates_of
 from pyro_sinkhorn.training import Minibatches
 

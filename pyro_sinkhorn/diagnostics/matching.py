@@ -20,7 +20,12 @@ from pyro_sinkhorn.losses.data_set_match import DataSetMatch, DataSets
 from pyro_sinkhorn.losses.latent_match import GroupMatch
 from pyro_sinkhorn.losses.matching import MatchOptions
 from pyro_sinkhorn.losses.prior import fixed_values
-from pyro_sinkhorn.losses.scoring import (
+from pyro_sinkhorn.losses.simulation import Simulation
+from pyro_sinkhorn.losses.trace_data_sinkhorn import Trace_DataSinkhorn
+from pyro_sinkhorn.losses.trace_joint_sinkhorn import Trace_JointSinkhorn
+from pyro_sinkhorn.losses.trace_sinkhorn import Trace_Sinkhorn
+from pyro_sinkhorn.runs import run_model, subsamples
+from pyro_sinkhorn.scoring import (
     check_guide,
     log_density,
     number_of_data,
@@ -28,11 +33,6 @@ from pyro_sinkhorn.losses.scoring import (
     run_scored,
     scored_sites,
 )
-from pyro_sinkhorn.losses.simulation import Simulation
-from pyro_sinkhorn.losses.trace_data_sinkhorn import Trace_DataSinkhorn
-from pyro_sinkhorn.losses.trace_joint_sinkhorn import Trace_JointSinkhorn
-from pyro_sinkhorn.losses.trace_sinkhorn import Trace_Sinkhorn
-from pyro_sinkhorn.runs import run_model, subsamples
 from pyro_sinkhorn.structure import Group, structure_of
 
 

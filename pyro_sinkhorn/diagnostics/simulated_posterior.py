@@ -16,7 +16,7 @@ from pyro_sinkhorn.guide.lazy import LazyGuide
 from pyro_sinkhorn.guide.observed import Readings, find_observed, read_observed
 from pyro_sinkhorn.guide.shown import Shown, showing
 from pyro_sinkhorn.losses.pairs import Pairs, Simulator, substituted
-from pyro_sinkhorn.losses.scoring import run_guide
+from pyro_sinkhorn.scoring import run_guide
 from pyro_sinkhorn.structure import Structure, is_latent, plates_of, sample_sites
 
 #: Rows that a guide makes at once, at most.

@@ -19,8 +19,8 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
 from pyro_sinkhorn.losses.registration import warn_of_untrained
-from pyro_sinkhorn.losses.scoring import run_guide, run_scored
 from pyro_sinkhorn.runs import preserved_buffers
+from pyro_sinkhorn.scoring import run_guide, run_scored
 from pyro_sinkhorn.structure import sample_sites
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]

@@ -24,8 +24,8 @@ from pyro_sinkhorn.guide.observed import Readings, find_observed, read_observed
 from pyro_sinkhorn.guide.shown import Shown, showing
 from pyro_sinkhorn.losses.joint_call import refuse_discrete
 from pyro_sinkhorn.losses.pairs import Pairs, substituted
-from pyro_sinkhorn.losses.scoring import renormalised, run_guide
 from pyro_sinkhorn.losses.sleep import check_drawn, refuse_plain_globals
+from pyro_sinkhorn.scoring import renormalised, run_guide
 from pyro_sinkhorn.structure import Structure, innermost, is_latent, sample_sites
 
 

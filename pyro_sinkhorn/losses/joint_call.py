@@ -16,9 +16,9 @@ from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_struct import Trace
 
 from pyro_sinkhorn.errors import ProgramError
-from pyro_sinkhorn.losses.scoring import blame, check_guide, check_latent_shape, check_supports
 from pyro_sinkhorn.losses.simulation import Simulation, simulation_of, why_no_gradient
 from pyro_sinkhorn.runs import Resample, check_appeared, run_model, subsamples
+from pyro_sinkhorn.scoring import blame, check_guide, check_latent_shape, check_supports
 from pyro_sinkhorn.structure import (
     Group,
     Plate,

@@ -12,9 +12,9 @@ from pyro import poutine
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from pyro_sinkhorn.losses.scoring import run_guide, run_scored
 from pyro_sinkhorn.reachable import find_modules
 from pyro_sinkhorn.runs import preserved_buffers
+from pyro_sinkhorn.scoring import run_guide, run_scored
 
 
 @contextmanager

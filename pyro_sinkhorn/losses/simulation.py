@@ -21,8 +21,8 @@ from pyro_sinkhorn.errors import NonFiniteError, ProgramError
 from pyro_sinkhorn.explain import bad_rows, explained
 from pyro_sinkhorn.geometry.elementwise import HalfLine
 from pyro_sinkhorn.geometry.registry import base_support, geometry_of
-from pyro_sinkhorn.losses.scoring import renormalised
 from pyro_sinkhorn.runs import Resample, run_model, subsamples
+from pyro_sinkhorn.scoring import renormalised
 from pyro_sinkhorn.structure import (
     PARTICLE_PLATE,
     Group,

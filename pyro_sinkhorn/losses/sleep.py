@@ -23,7 +23,7 @@ from pyro_sinkhorn.guide.shown import Shown, showing
 from pyro_sinkhorn.losses.clouds import rows, slices
 from pyro_sinkhorn.losses.energy import ScoringCoordinates, energy_score, expected_energy_score
 from pyro_sinkhorn.losses.pairs import Pairs, substituted
-from pyro_sinkhorn.losses.scoring import check_drawn_shapes, run_guide
+from pyro_sinkhorn.scoring import check_drawn_shapes, run_guide
 from pyro_sinkhorn.structure import Group, Plate, Structure, carried_along, is_latent, sample_sites
 
 Part = Literal["all", "globals", "locals"]

@@ -23,12 +23,12 @@ from pyro_sinkhorn.losses.latent_match import GroupMatch
 from pyro_sinkhorn.losses.learned_cost import LearnedCost
 from pyro_sinkhorn.losses.matching import MatchOptions
 from pyro_sinkhorn.losses.prior import warn_if_gradient_lost
-from pyro_sinkhorn.losses.scoring import log_density, number_of_data, run_guide
 from pyro_sinkhorn.losses.simulation import Simulation, check_gradient, run_simulated, simulation_of
 from pyro_sinkhorn.ot.checks import Gradient, Value
 from pyro_sinkhorn.ot.cost import Cost
 from pyro_sinkhorn.ot.divergence import Debias
 from pyro_sinkhorn.runs import preserved_buffers
+from pyro_sinkhorn.scoring import log_density, number_of_data, run_guide
 from pyro_sinkhorn.structure import sample_sites
 
 

@@ -24,13 +24,13 @@ from pyro_sinkhorn.losses.learned_cost import LearnedCost
 from pyro_sinkhorn.losses.matching import MatchOptions
 from pyro_sinkhorn.losses.pairs import Simulator
 from pyro_sinkhorn.losses.prior import warn_if_gradient_lost
-from pyro_sinkhorn.losses.scoring import check_inputs, log_density, number_of_data, run_guide
 from pyro_sinkhorn.losses.simulation import Simulation, run_simulated, with_data
 from pyro_sinkhorn.losses.site_cost import GivenCost
 from pyro_sinkhorn.ot.checks import Gradient, Value
 from pyro_sinkhorn.ot.divergence import Debias
 from pyro_sinkhorn.rng import undisturbed
 from pyro_sinkhorn.runs import subsamples
+from pyro_sinkhorn.scoring import check_inputs, log_density, number_of_data, run_guide
 from pyro_sinkhorn.structure import sample_sites
 
 

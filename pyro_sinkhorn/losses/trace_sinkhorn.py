@@ -17,7 +17,11 @@ from pyro_sinkhorn.losses.cliques import Grouping, check_grouping
 from pyro_sinkhorn.losses.latent_match import LatentMatch
 from pyro_sinkhorn.losses.learned_cost import LearnedCost
 from pyro_sinkhorn.losses.matching import MatchOptions
-from pyro_sinkhorn.losses.scoring import (
+from pyro_sinkhorn.losses.site_cost import GivenCost
+from pyro_sinkhorn.losses.states import Enumeration, ImpossibleStateError
+from pyro_sinkhorn.ot.checks import Gradient, Value
+from pyro_sinkhorn.ot.divergence import Debias
+from pyro_sinkhorn.scoring import (
     blame,
     check_guide,
     check_inputs,
@@ -26,10 +30,6 @@ from pyro_sinkhorn.losses.scoring import (
     number_of_data,
     scored_sites,
 )
-from pyro_sinkhorn.losses.site_cost import GivenCost
-from pyro_sinkhorn.losses.states import Enumeration, ImpossibleStateError
-from pyro_sinkhorn.ot.checks import Gradient, Value
-from pyro_sinkhorn.ot.divergence import Debias
 from pyro_sinkhorn.structure import Structure, structure_of
 
 

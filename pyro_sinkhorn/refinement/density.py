@@ -21,11 +21,11 @@ from torch.distributions import biject_to
 from torch.distributions.transforms import Transform
 
 from pyro_sinkhorn.errors import ProgramError
-from pyro_sinkhorn.losses.scoring import log_density, renormalised
 from pyro_sinkhorn.reachable import find_modules
 from pyro_sinkhorn.recovery import explained_dtypes
 from pyro_sinkhorn.refinement.checks import check_draws, check_plates, check_site, fits
 from pyro_sinkhorn.runs import run_model
+from pyro_sinkhorn.scoring import log_density, renormalised
 from pyro_sinkhorn.structure import Site, innermost, plates_of, present_of, sample_sites
 
 CHAIN_PLATE = "_refinement_chains"

@@ -16,7 +16,7 @@ from pyro_sinkhorn import AutoImplicit, Implicit, Trace_Sinkhorn
 from pyro_sinkhorn.distributions import HypersphericalUniform, VonMisesFisher
 from pyro_sinkhorn.losses.call import Call
 from pyro_sinkhorn.losses.clouds import make_cloud, rows, slices, varying_parameters
-from pyro_sinkhorn.losses.scoring import run_scored
+from pyro_sinkhorn.scoring import run_scored
 from pyro_sinkhorn.structure import Plate, structure_of
 
 

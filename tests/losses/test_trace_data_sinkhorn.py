@@ -15,8 +15,8 @@ from torch import nn
 
 from pyro_sinkhorn import Implicit, SinkhornProgram, Trace_DataSinkhorn
 from pyro_sinkhorn.losses.data_match import mean_cost_within
-from pyro_sinkhorn.losses.scoring import run_guide
 from pyro_sinkhorn.losses.simulation import run_simulated
+from pyro_sinkhorn.scoring import run_guide
 
 
 def nothing(*_args):

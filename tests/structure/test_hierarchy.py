@@ -8,7 +8,7 @@ from pyro import poutine
 
 from pyro_sinkhorn import AutoImplicit, Trace_Sinkhorn
 from pyro_sinkhorn.losses.latent_match import Call
-from pyro_sinkhorn.losses.scoring import run_guide, run_scored
+from pyro_sinkhorn.scoring import run_guide, run_scored
 from pyro_sinkhorn.structure import structure_of
 
 GROUPS, EACH = 3, 16
