@@ -14,6 +14,7 @@ from typing import Any
 
 import render_posterior
 import render_priors
+import render_references
 import render_simulators
 import render_structure
 from _tables import ROOT, load, origin, table
@@ -201,6 +202,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     **render_simulators.SECTIONS,
     **render_priors.SECTIONS,
     **render_posterior.SECTIONS,
+    **render_references.SECTIONS,
     **render_structure.SECTIONS,
     "step ratio": lambda: f"{load('svi_step_cost')['table'][-1]['ratio_to_elbo']:.1f}",
 }
