@@ -65,9 +65,12 @@ def posterior_draws(
     encoder_draws(guide, 1, args, kwargs)  # errors are said here
     seen = run_model(model, args, kwargs)
     nesting = nesting_of(seen)
-    if not vectorises(model, args, kwargs, {}, nesting):
+    structure = structure_of(seen)
+    # A guide of one block runs the model for its plates alone; several run it below each other's draws.
+    alone = not structure.globals and len(structure.groups) == 1
+    if not (alone or vectorises(model, args, kwargs, {}, nesting)):
         return encoder_draws(guide, num_samples, args, kwargs)
-    rows = math.prod(plate.size for plate in structure_of(seen).data_plates)
+    rows = math.prod(plate.size for plate in structure.data_plates)
     parts, left = [], num_samples
     while left > 0:
         size = min(left, max(_ROWS_AT_ONCE // max(rows, 1), 1))

@@ -182,9 +182,9 @@ def test_seeds_repeat():
 def test_fresh_simulations_are_counted():
     assert calibrated().calibration.num_simulations == 4 * 128
     program = calibrated(with_global)
-    assert program.calibration.num_simulations == 4 * 64
+    assert program.calibration.num_simulations == 4 * 128
     program.calibrate(torch.randn(20), num_steps=2, progress=False)
-    assert program.calibration.num_simulations == 6 * 64 and program.calibration.num_steps == 6
+    assert program.calibration.num_simulations == 6 * 128 and program.calibration.num_steps == 6
     assert not program.calibration.held_out
 
 
@@ -243,7 +243,8 @@ def test_sizes_vary_between_their_bounds():
         return with_global(x)
 
     program = calibrated(model, sizes=(2, 5), num_steps=12)
-    assert set(seen) - {20, 21} == {2, 3, 4, 5}
+    # And once one datum more, to see that the plate follows; local latents are scored at a row of each data set.
+    assert set(seen) - {1, 6, 20, 21} == {2, 3, 4, 5}
     assert program.posterior(torch.randn(3), num_samples=2, check_range=False)["z"].shape == (2, 3)
 
 

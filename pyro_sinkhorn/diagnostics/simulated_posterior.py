@@ -59,11 +59,10 @@ def posterior_of_simulations(
     pairs = simulator(model, args, kwargs, math.ceil(num_simulations / rows))
     if isinstance(guide, LazyGuide):
         guide(*args, **kwargs)  # makes its networks where it has none
-    fast = (
-        isinstance(guide, LazyGuide)
-        and simulator.vectorize
-        and getattr(guide, "_encoder_input", None) is None
-    )
+    # A guide of one block runs the model for its plates alone; several run it below each other's draws.
+    alone = not structure.globals and len(structure.groups) == 1
+    fast = isinstance(guide, LazyGuide) and (simulator.vectorize or alone)
+    fast = fast and getattr(guide, "_encoder_input", None) is None
     if fast:
         draws = _side_by_side(guide, pairs, seen, structure, num_draws, args, kwargs)
     else:

@@ -2,7 +2,8 @@ r"""Whether a posterior factorises over the slices of the data plates, as the po
 
 Given the globals, the slices of a plate are independent where every site that depends on a local latent lies in its slice. A
 program may break that: crossed plates (an effect of the row and one of the column in every cell), or an index that
-carries a latent into other slices (``z[group]``). The guide would then be confidently wrong, so such programs are refused.
+carries a latent into other slices (``z[group]``). The guide would then be confidently wrong, so such programs are refused, as
+far as distributions with parameters show it; of a simulator whose output is ``Implicit`` it is taken on trust.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from pyro_sinkhorn.distributions.implicit import Implicit
 from pyro_sinkhorn.errors import ProgramError
 from pyro_sinkhorn.rng import undisturbed
 from pyro_sinkhorn.runs import run_model, subsamples
-from pyro_sinkhorn.structure import Plate, Structure, parameters_of, plates_of
+from pyro_sinkhorn.structure import Plate, Structure, innermost, parameters_of, plates_of
 
 
 def check_factorises(
@@ -66,9 +68,8 @@ def _refuse_crossed(structure: Structure, run: Trace) -> None:
 
 
 def _run(model: Callable[..., Any], args: Any, kwargs: Any, values: dict[str, Tensor]) -> Trace:
-    """A run with these latents, whose own noise is the same each time."""
+    """A run with these latents."""
     with undisturbed():
-        torch.manual_seed(0)
         return run_model(model, args, kwargs, values=values)
 
 
@@ -79,7 +80,12 @@ def _first_slice_of(other: Tensor, value: Tensor, axis: int) -> Tensor:
 
 
 def _noticed(before: Any, after: Any, plate: Plate) -> bool:
-    """Whether the law of a site has changed beyond the first slice of a plate."""
+    """Whether the law of a site has changed beyond the first slice of a plate; of Implicit ones nobody can tell.
+
+    Their noise may change with their parameters: samplers such as the binomial's take as many random numbers as they need.
+    """
+    if isinstance(innermost(before["fn"]), Implicit):
+        return False
     inside = plate.name in {own.name for own in plates_of(before)}
     for (one, dims), (other, _) in zip(parameters_of(before["fn"]), parameters_of(after["fn"]), strict=True):
         axis = one.dim() - dims + plate.dim

@@ -1,6 +1,7 @@
 """Data outside of what a program simulates are seen; data that were simulated are not, whatever their law."""
 
 import functools
+import importlib
 
 import pyro
 import pyro.distributions as dist
@@ -8,10 +9,12 @@ import pytest
 import torch
 from scipy.stats import binom
 
-from pyro_sinkhorn.diagnostics import simulated_range as module
 from pyro_sinkhorn.diagnostics.simulated_range import OutOfRangeWarning, simulated_range, warn_of_range
 from pyro_sinkhorn.errors import NonFiniteError
 from pyro_sinkhorn.losses.pairs import Simulator
+
+#: The package shows the function of this name, not the module.
+module = importlib.import_module("pyro_sinkhorn.diagnostics.simulated_range")
 
 
 def local(x):
