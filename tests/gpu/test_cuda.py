@@ -75,6 +75,24 @@ def test_discrete_latents_masks_and_cliques(groups):
     assert all(value.is_cuda for value in svi.guide(x, present).values())
 
 
+def test_a_posterior_is_trained_drawn_and_diagnosed():
+    def model(x):
+        zero = x.new_zeros(())
+        mu = pyro.sample("mu", dist.Normal(zero, zero + 1))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(mu, zero + 1))
+            k = pyro.sample("k", dist.Bernoulli(zero + 0.5))
+            pyro.sample("x", dist.Normal(z + k, zero + 0.5), obs=x)
+
+    x = torch.randn(16, device="cuda")
+    for rounds in (1, 2):
+        program = SinkhornProgram(model).to("cuda")
+        program.calibrate(x, num_steps=4, num_simulations=300, num_rounds=rounds, seed=0, progress=False)
+        draws = program.posterior(x, num_samples=10)
+        assert all(value.is_cuda for value in draws.values())
+    assert program.diagnose(x, num_simulations=20).posterior is not None
+
+
 def test_mixed_devices_are_named():
     def model(x):
         with pyro.plate("data", len(x)):
