@@ -18,7 +18,7 @@ from torch import Tensor
 from pyro_sinkhorn.errors import NonFiniteError, ProgramError, checked_integer
 from pyro_sinkhorn.explain import bad_rows, explained, spoken, tensors_of
 from pyro_sinkhorn.guide.lazy import LazyGuide
-from pyro_sinkhorn.losses.side_by_side import vectorises
+from pyro_sinkhorn.losses.side_by_side import DRAWS_OF_GUIDE, ROWS_AT_ONCE, draws_in_plate, vectorises
 from pyro_sinkhorn.runs import run_model
 from pyro_sinkhorn.scoring import run_guide
 from pyro_sinkhorn.structure import is_data, is_latent, nesting_of, sample_sites, structure_of
@@ -51,10 +51,6 @@ def encoder_draws(guide: Callable[..., Any], num_samples: Any, args: Any, kwargs
     return stacked
 
 
-#: Rows that a guide makes at once, at most.
-_ROWS_AT_ONCE = 200_000
-
-
 def posterior_draws(
     model: Callable[..., Any], guide: Any, num_samples: Any, args: Any, kwargs: Any
 ) -> dict[str, Tensor]:
@@ -66,15 +62,13 @@ def posterior_draws(
     seen = run_model(model, args, kwargs)
     nesting = nesting_of(seen)
     structure = structure_of(seen)
-    # A guide of one block runs the model for its plates alone; several run it below each other's draws.
-    alone = not structure.globals and len(structure.groups) == 1
-    if not (alone or vectorises(model, args, kwargs, {}, nesting)):
+    if not (draws_in_plate(structure) or vectorises(model, args, kwargs, {}, nesting)):
         return encoder_draws(guide, num_samples, args, kwargs)
     rows = math.prod(plate.size for plate in structure.data_plates)
     parts, left = [], num_samples
     while left > 0:
-        size = min(left, max(_ROWS_AT_ONCE // max(rows, 1), 1))
-        with pyro.plate("posterior_draws", size, dim=-(nesting + 1)):
+        size = min(left, max(ROWS_AT_ONCE // max(rows, 1), 1))
+        with pyro.plate(DRAWS_OF_GUIDE, size, dim=-(nesting + 1)):
             trace = run_guide(guide, args, kwargs)
         parts.append(_latents(trace, size))
         left -= size
@@ -113,7 +107,7 @@ def _latents(trace: Trace, num: int | None = None) -> dict[str, Tensor]:
     """
     sites = dict(sample_sites(trace))
     frames = [frame for site in sites.values() for frame in site["cond_indep_stack"] if frame.vectorized]
-    nesting = -min((frame.dim for frame in frames if frame.name != "posterior_draws"), default=0)
+    nesting = -min((frame.dim for frame in frames if frame.name != DRAWS_OF_GUIDE), default=0)
     latents = {name: site for name, site in sites.items() if is_latent(site)}
     if num is not None:
         found = {}

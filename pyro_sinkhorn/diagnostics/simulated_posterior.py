@@ -16,11 +16,9 @@ from pyro_sinkhorn.guide.lazy import LazyGuide
 from pyro_sinkhorn.guide.observed import Readings, find_observed, read_observed
 from pyro_sinkhorn.guide.shown import Shown, showing
 from pyro_sinkhorn.losses.pairs import Pairs, Simulator, substituted
+from pyro_sinkhorn.losses.side_by_side import DRAWS_OF_GUIDE, ROWS_AT_ONCE, draws_in_plate
 from pyro_sinkhorn.scoring import run_guide
 from pyro_sinkhorn.structure import Structure, is_latent, plates_of, sample_sites
-
-#: Rows that a guide makes at once, at most.
-_ROWS_AT_ONCE = 200_000
 
 
 @torch.no_grad()
@@ -59,9 +57,7 @@ def posterior_of_simulations(
     pairs = simulator(model, args, kwargs, math.ceil(num_simulations / rows))
     if isinstance(guide, LazyGuide):
         guide(*args, **kwargs)  # makes its networks where it has none
-    # A guide of one block runs the model for its plates alone; several run it below each other's draws.
-    alone = not structure.globals and len(structure.groups) == 1
-    fast = isinstance(guide, LazyGuide) and (simulator.vectorize or alone)
+    fast = isinstance(guide, LazyGuide) and (simulator.vectorize or draws_in_plate(structure))
     fast = fast and getattr(guide, "_encoder_input", None) is None
     if fast:
         draws = _side_by_side(guide, pairs, seen, structure, num_draws, args, kwargs)
@@ -85,7 +81,7 @@ def _side_by_side(
     observed = find_observed(seen, structure, args, kwargs, dict(pairs.indices))
     present = read_observed(observed, args, kwargs, dict(pairs.indices), lambda: seen).present
     rows = math.prod(plate.size for plate in structure.data_plates)
-    size = max(_ROWS_AT_ONCE // max(rows * num_draws, 1), 1)
+    size = max(ROWS_AT_ONCE // max(rows * num_draws, 1), 1)
     parts: list[dict[str, Tensor]] = []
     for index in torch.arange(len(pairs)).split(size):
         part = pairs.pick(index)
@@ -93,7 +89,7 @@ def _side_by_side(
         plate = part.plate
         with (
             showing(guide, Shown(Readings(values, present), plate, pairs.indices)),
-            pyro.plate("posterior_draws", num_draws, dim=plate.dim - 1),
+            pyro.plate(DRAWS_OF_GUIDE, num_draws, dim=plate.dim - 1),
             pyro.plate(plate.name, plate.size, dim=plate.dim),
         ):
             trace = run_guide(guide, args, kwargs)

@@ -22,7 +22,17 @@ from torch import Tensor
 
 from pyro_sinkhorn.guide.shown import DATA_SETS
 from pyro_sinkhorn.runs import run_model
-from pyro_sinkhorn.structure import Plate, Site, is_data, is_latent, parameters_of, sample_sites
+from pyro_sinkhorn.structure import Plate, Site, Structure, is_data, is_latent, parameters_of, sample_sites
+
+#: Name of the plate that draws of a guide lie in.
+DRAWS_OF_GUIDE = "posterior_draws"
+#: Rows that a guide makes at once, at most.
+ROWS_AT_ONCE = 200_000
+
+
+def draws_in_plate(structure: Structure) -> bool:
+    """Whether an automatic guide can draw in a plate whatever its model: a guide of one block runs that for plates alone."""
+    return not structure.globals and len(structure.groups) == 1
 
 
 def in_plate(model: Callable[..., Any], plate: Plate) -> Callable[..., Any]:
