@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal, cast
 
-import pyro
 import torch
 from pyro.nn import PyroModuleList
 from pyro.poutine.trace_struct import Trace
@@ -19,7 +18,7 @@ from pyro_sinkhorn.guide.layout import features_of, plate_shape, rows_of
 from pyro_sinkhorn.guide.lazy import LazyGuide
 from pyro_sinkhorn.guide.make import make_group
 from pyro_sinkhorn.guide.observed import Observed, Readings, find_observed, read_observed
-from pyro_sinkhorn.guide.produce import Produced, Recipe, entered
+from pyro_sinkhorn.guide.produce import Produced, Recipe, entered, plates_around
 from pyro_sinkhorn.guide.start import has_start, stands_alone
 from pyro_sinkhorn.guide.states import DISCRETE, key_of, mass_beyond
 from pyro_sinkhorn.runs import check_appeared, preserved_buffers, run_model, subsamples
@@ -125,13 +124,7 @@ class AutoImplicit(LazyGuide):
                 self._observed, args, kwargs, indices, lambda: self._run_observed(args, kwargs, indices)
             )
         self.last_inputs = {} if self._encoder_input is not None else inputs
-        plates = {plate.name: plate for name in structure.latents for plate in plates_of(prior.nodes[name])}
-        contexts = {
-            plate.name: pyro.plate(
-                plate.name, plate.full_size, subsample=indices.get(plate.name), dim=plate.dim
-            )
-            for plate in plates.values()
-        }
+        plates, contexts = plates_around(prior, structure, indices)
 
         done = Produced()
         values = done.values

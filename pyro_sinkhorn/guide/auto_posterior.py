@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable
 from typing import Any, cast
 
-import pyro
 import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
@@ -29,7 +28,7 @@ from pyro_sinkhorn.guide.posterior_start import (
     make_reader,
     simulations,
 )
-from pyro_sinkhorn.guide.produce import Produced, Recipe
+from pyro_sinkhorn.guide.produce import Produced, Recipe, plates_around
 from pyro_sinkhorn.guide.reading import (
     Covariates,
     KnowsCovariates,
@@ -142,13 +141,7 @@ class AutoPosterior(KnowsCovariates, LazyGuide):
         else:
             inputs = shown.readings
         reading = self._reading(inputs, () if shown is None else (shown.plate,), indices, args, kwargs)
-        plates = {plate.name: plate for name in structure.latents for plate in plates_of(prior.nodes[name])}
-        contexts = {
-            plate.name: pyro.plate(
-                plate.name, plate.full_size, subsample=indices.get(plate.name), dim=plate.dim
-            )
-            for plate in plates.values()
-        }
+        plates, contexts = plates_around(prior, structure, indices)
         done = Produced()
         for i, block in enumerate(factors(structure)):
             if block.plates and shown is not None and shown.only_globals:

@@ -24,7 +24,7 @@ from pyro_sinkhorn.guide.layout import place_extra_plates
 from pyro_sinkhorn.guide.shown import Moments
 from pyro_sinkhorn.guide.start import moments
 from pyro_sinkhorn.guide.states import relaxed
-from pyro_sinkhorn.structure import Group, Plate, plates_of
+from pyro_sinkhorn.structure import Group, Plate, Structure, plates_of
 
 
 @dataclass
@@ -118,6 +118,18 @@ class Recipe:
                     value = geometry.head(part)
                     produced = Implicit(value, event_dim=len(geometry.event_shape), support=fn.support)
                 done.values[name] = pyro.sample(name, produced)
+
+
+def plates_around(
+    prior: Trace, structure: Structure, indices: dict[str, Tensor]
+) -> tuple[dict[str, Plate], dict[str, Any]]:
+    """Plates of all latents as this call has them, by name, and what enters each, under the same sub-samples."""
+    plates = {plate.name: plate for name in structure.latents for plate in plates_of(prior.nodes[name])}
+    contexts = {
+        plate.name: pyro.plate(plate.name, plate.full_size, subsample=indices.get(plate.name), dim=plate.dim)
+        for plate in plates.values()
+    }
+    return plates, contexts
 
 
 def num_outputs(geometry: Geometry) -> int:

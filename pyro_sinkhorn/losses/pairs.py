@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pyro.distributions as dist
@@ -78,10 +78,6 @@ class Pairs:
         indices = {name: value for name, value in self.indices.items() if name != plate.name}
         return dataclasses.replace(self, values=values, moments=moments, indices=indices)
 
-    def value(self, name: str) -> Tensor:
-        """Values of one site."""
-        return self.values[name]
-
 
 @dataclass
 class Simulator:
@@ -91,7 +87,6 @@ class Simulator:
     """
 
     vectorize: bool | None = None
-    warned: set[str] = field(default_factory=set)
 
     def look(
         self, model: Callable[..., Any], args: Any, kwargs: Any, values: Mapping[str, Tensor] = {}
@@ -230,7 +225,7 @@ def substituted(
             )
         key = path[0]
         held = args[key] if isinstance(key, int) else kwargs[key]
-        value = pairs.value(name)[i]
+        value = pairs.values[name][i]
         if value.numel() != held.numel():
             raise ProgramError(
                 f"observed site {name!r}: the model observes {value.numel()} of the {held.numel()} numbers of its argument, "

@@ -88,7 +88,7 @@ class Trace_EnergyScore(SinkhornLoss):
         None for the energy score alone
     :param wake: whether the program learns
     :param wake_steps: steps of Hamiltonian chains (:func:`pyro_sinkhorn.refinement.refine`) that the draws of the wake step
-        make before the program is scored at them, at least 4; 0 for none. Ten make a step three to four times as long, and on a
+        make before the program is scored at them, at least 4; 0 for none. Ten make a step about three times as long, and on a
         program with a curved posterior what is learned agrees with maximum likelihood, where draws as they are do not
         (benchmarks/learning_and_calibration.py)
     :param num_simulations: data sets simulated a step; default 128 where there are globals, else as many as
