@@ -58,7 +58,7 @@ class AutoImplicit(LazyGuide):
 
     ``AutoImplicit`` learned by ``Trace_Sinkhorn`` is an encoder, not a posterior.
 
-    >>> import pyro.distributions as dist
+    >>> import pyro, pyro.distributions as dist
     >>> def model(x):
     ...     with pyro.plate("data", len(x)):
     ...         z = pyro.sample("z", dist.Dirichlet(torch.ones(3)))

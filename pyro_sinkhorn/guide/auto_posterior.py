@@ -70,7 +70,7 @@ class AutoPosterior(KnowsCovariates, LazyGuide):
     :param depth: residual blocks of each
     :raises ProgramError: at the first call, for a model that the guide cannot serve, naming the site
 
-    >>> import pyro.distributions as dist
+    >>> import pyro, pyro.distributions as dist
     >>> def model(x):
     ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
     ...     with pyro.plate("data", len(x)):
