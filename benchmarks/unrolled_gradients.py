@@ -31,7 +31,7 @@ from _report import RESULTS, write
 from torch import Tensor
 
 from pyro_sinkhorn.ot import ConvergenceWarning, sinkhorn
-from pyro_sinkhorn.ot.log_domain import half_step
+from pyro_sinkhorn.ot.backends.log_domain import half_step
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 RELATIVE = (0.01, 0.1, 1.0)

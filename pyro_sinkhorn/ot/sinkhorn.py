@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from pyro_sinkhorn.ot.assignment import solve_assignment
+from pyro_sinkhorn.ot.backends.log_domain import solve_log_domain
 from pyro_sinkhorn.ot.checks import (
     Gradient,
     Value,
@@ -32,7 +33,6 @@ from pyro_sinkhorn.ot.checks import (
     make_problem,
 )
 from pyro_sinkhorn.ot.cost import Cost
-from pyro_sinkhorn.ot.log_domain import solve_log_domain
 from pyro_sinkhorn.ot.problem import ConvergenceWarning, Problem, Solution
 from pyro_sinkhorn.ot.rounding import rounded as round_to_coupling
 from pyro_sinkhorn.ot.unrolled import solve_unrolled

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_sinkhorn.ot.log_domain import half_step, row_error
+from pyro_sinkhorn.ot.backends.log_domain import half_step, row_error
 from pyro_sinkhorn.ot.problem import Problem, Solution, largest_exponent
 
 
 def solve_unrolled(problem: Problem) -> Solution:
-    """As :func:`~pyro_sinkhorn.ot.log_domain.solve_log_domain`, with a graph behind the potentials."""
+    """As :func:`~pyro_sinkhorn.ot.backends.log_domain.solve_log_domain`, with a graph behind the potentials."""
     cost, a, b, epsilon = problem.cost_matrix, problem.a, problem.b, problem.epsilon
     f = half_step_with_gradient(torch.zeros_like(b), cost, b, epsilon)
     g = half_step_with_gradient(f, cost.mT, a, epsilon)
@@ -46,7 +46,7 @@ def solve_unrolled(problem: Problem) -> Solution:
 
 
 def half_step_with_gradient(potential: Tensor, cost: Tensor, weights: Tensor, epsilon: Tensor) -> Tensor:
-    """:func:`~pyro_sinkhorn.ot.log_domain.half_step`, differentiable in weights that may be zero."""
+    """:func:`~pyro_sinkhorn.ot.backends.log_domain.half_step`, differentiable in weights that may be zero."""
     return _HalfStep.apply(potential, cost, weights, epsilon)
 
 

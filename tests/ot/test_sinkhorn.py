@@ -7,7 +7,8 @@ import ot as pot
 import pytest
 import torch
 
-from pyro_sinkhorn.ot import ConvergenceWarning, log_domain, sinkhorn
+from pyro_sinkhorn.ot import ConvergenceWarning, sinkhorn
+from pyro_sinkhorn.ot.backends import log_domain
 from pyro_sinkhorn.ot.sinkhorn import BACKENDS
 
 D = torch.float64

@@ -6,8 +6,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from pyro_sinkhorn.ot import ConvergenceWarning, log_domain, sinkhorn, sinkhorn_divergence
-from pyro_sinkhorn.ot.log_domain import half_step
+from pyro_sinkhorn.ot import ConvergenceWarning, sinkhorn, sinkhorn_divergence
+from pyro_sinkhorn.ot.backends import log_domain
+from pyro_sinkhorn.ot.backends.log_domain import half_step
 from pyro_sinkhorn.ot.rounding import rounded
 
 D = torch.float64

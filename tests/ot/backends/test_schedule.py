@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 
-from pyro_sinkhorn.ot import log_domain, sinkhorn
-from pyro_sinkhorn.ot.schedule import epsilon_schedule
+from pyro_sinkhorn.ot import sinkhorn
+from pyro_sinkhorn.ot.backends import log_domain
+from pyro_sinkhorn.ot.backends.schedule import epsilon_schedule
 
 D = torch.float64
 

@@ -16,8 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyro_sinkhorn.ot.backends.schedule import epsilon_schedule
 from pyro_sinkhorn.ot.problem import Problem, Solution
-from pyro_sinkhorn.ot.schedule import epsilon_schedule
 
 
 @torch.no_grad()
