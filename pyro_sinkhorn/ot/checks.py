@@ -11,6 +11,9 @@ from torch import Tensor
 from pyro_sinkhorn.ot.cost import Cost
 from pyro_sinkhorn.ot.problem import Problem
 
+#: Costs whose kernel exp(-C / epsilon) is positive definite, so that a cloud meets itself in symmetric steps.
+NEGATIVE_DEFINITE = ("sqeuclidean", "euclidean", "l1")
+
 Value = Literal["entropic", "sharp", "rounded"]
 Gradient = Literal["envelope", "unrolled"]
 
@@ -26,6 +29,7 @@ def make_problem(
     max_iters: int,
 ) -> tuple[Problem, torch.Size]:
     """Check the inputs of a public function and flatten their batch dimensions into one."""
+    is_self = x is y and a is b
     x, y = check_clouds(x, y, cost)
     batch_shape = x.shape[:-2]
     eps = check_epsilon(epsilon, x).reshape(-1)
@@ -40,7 +44,10 @@ def make_problem(
         tolerance = 1e-6 if x.dtype == torch.float64 else 1e-4
     flat_x, flat_y = x.reshape(-1, *x.shape[-2:]), y.reshape(-1, *y.shape[-2:])
     flat_a, flat_b = weights_a.reshape(-1, x.shape[-2]), weights_b.reshape(-1, y.shape[-2])
-    return Problem(flat_x, flat_y, flat_a, flat_b, eps, cost, tolerance, max_iters), batch_shape
+    symmetric = is_self and cost in NEGATIVE_DEFINITE
+    if symmetric:
+        flat_y, flat_b = flat_x, flat_a
+    return Problem(flat_x, flat_y, flat_a, flat_b, eps, cost, tolerance, max_iters, symmetric), batch_shape
 
 
 def check_clouds(x: Tensor, y: Tensor, cost: Cost) -> tuple[Tensor, Tensor]:
@@ -178,3 +185,13 @@ def check_assignment(problem: Problem, gradient: Gradient) -> None:
                 f"epsilon is 0 with weights {name} between {float(w.min()):.3g} and {float(w.max()):.3g}: the exact "
                 f"assignment needs uniform weights, here 1/{n}; leave {name} out, {instead}"
             )
+
+
+def check_start(f: Tensor, g: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+    """Potentials to begin at, flattened to the batch of the problem."""
+    if (f.numel(), g.numel()) != (problem.a.numel(), problem.b.numel()) or f.shape[-1] != problem.a.shape[-1]:
+        raise ValueError(
+            f"start has potentials of shape {tuple(f.shape)} and {tuple(g.shape)}: expected those of a result between "
+            f"clouds of these shapes, {len(problem.a)} x {problem.a.shape[-1]} and {len(problem.b)} x {problem.b.shape[-1]}"
+        )
+    return f.to(problem.a).reshape(problem.a.shape), g.to(problem.b).reshape(problem.b.shape)

@@ -88,7 +88,7 @@ def sinkhorn_divergence(
     candidates: Tensor | None = None,
     tolerance: float | None = None,
     max_iters: int = 2_000,
-    backend: str = "log",
+    backend: str = "auto",
     generator: torch.Generator | None = None,
 ) -> DivergenceResult:
     r"""Debiased transport between the laws that ``x`` and ``y`` were drawn from.

@@ -14,21 +14,22 @@ values of :mod:`pyro_sinkhorn.ot.value` are no minima; their gradients go throug
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from pyro_sinkhorn.ot.assignment import solve_assignment
-from pyro_sinkhorn.ot.backends.log_domain import solve_log_domain
+from pyro_sinkhorn.ot.backends import backend_named
 from pyro_sinkhorn.ot.checks import (
     Gradient,
     Value,
     check_assignment,
     check_envelope,
+    check_start,
     check_variant,
     make_problem,
 )
@@ -37,11 +38,6 @@ from pyro_sinkhorn.ot.problem import ConvergenceWarning, Problem, Solution
 from pyro_sinkhorn.ot.rounding import rounded as round_to_coupling
 from pyro_sinkhorn.ot.unrolled import solve_unrolled
 from pyro_sinkhorn.ot.value import plan, value_of
-
-Backend = Callable[[Problem], Solution]
-
-#: Backends by name. *How* one executes a batch is its own affair; what it returns is a :class:`Solution`.
-BACKENDS: dict[str, Backend] = {"log": solve_log_domain}
 
 
 @dataclass(frozen=True)
@@ -89,7 +85,8 @@ def sinkhorn(
     gradient: Gradient = "envelope",
     tolerance: float | None = None,
     max_iters: int = 2_000,
-    backend: str = "log",
+    backend: str = "auto",
+    start: SinkhornResult | None = None,
 ) -> SinkhornResult:
     r"""Optimal transport from ``x`` to ``y``, entropic, or exact with ``epsilon=0``.
 
@@ -115,7 +112,10 @@ def sinkhorn(
         rounding noise lies just below. 0 asks for exactly ``max_iters`` iterations (after the epsilon schedule, where
         there is one) and gives no warning
     :param max_iters: iterations at most; a :class:`ConvergenceWarning` says when that was not enough
-    :param backend: a name in :data:`BACKENDS`. Unrolled iterations are those of ``"log"`` and take no other
+    :param backend: ``"auto"`` (default: by size, device and cost) or a name of :mod:`pyro_sinkhorn.ot.backends`. Unrolled
+        iterations are those of ``"log"`` and take no other
+    :param start: a result between clouds of the same shapes, whose potentials are where the iterations begin. It saves
+        some where the points have moved little since (full batches); between fresh minibatches it saves none
     :returns: a :class:`SinkhornResult`
     :raises ValueError: for clouds, weights or an epsilon that make no transport problem; for a sharp or rounded value
         with the envelope gradient, where one is needed; for an assignment of unequal sizes or weights, or unrolled
@@ -134,6 +134,8 @@ def sinkhorn(
     """
     check_variant(value, gradient)
     problem, batch_shape = make_problem(x, y, epsilon, a, b, cost, tolerance, max_iters)
+    if start is not None:
+        problem = dataclasses.replace(problem, start=check_start(start.f, start.g, problem))
     if bool((problem.epsilon == 0).all()):
         check_assignment(problem, gradient)
     elif gradient == "envelope":
@@ -157,21 +159,20 @@ def sinkhorn(
     )
 
 
-def solve(problem: Problem, backend: str = "log", gradient: Gradient = "envelope") -> Solution:
+def solve(problem: Problem, backend: str = "auto", gradient: Gradient = "envelope") -> Solution:
     """Solve as asked, and warn where that stopped short of the tolerance."""
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}: expected one of {sorted(BACKENDS)}")
+    run = backend_named(backend, problem)
     if bool((problem.epsilon == 0).all()):
         return solve_assignment(problem)
     if gradient == "unrolled":
-        if backend != "log":
+        if backend not in ("auto", "log"):
             raise ValueError(
                 f"backend is {backend!r} with gradient='unrolled', which differentiates the iterations of 'log' and "
-                "no others: leave backend='log', or take gradient='envelope'"
+                "no others: leave backend='auto', or take gradient='envelope'"
             )
         solution = solve_unrolled(problem)
     else:
-        solution = BACKENDS[backend](problem)
+        solution = run(problem)
     if problem.tolerance > 0 and not bool(solution.converged.all()):
         worst = float(solution.marginal_error.max())
         if not math.isnan(worst):  # NaN inputs are the caller's to report, with the name of their source

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pyro_sinkhorn.ot.sinkhorn import BACKENDS
+from pyro_sinkhorn.ot.backends import BACKENDS
 
 
 @pytest.fixture(params=sorted(BACKENDS))

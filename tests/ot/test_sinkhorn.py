@@ -9,7 +9,7 @@ import torch
 
 from pyro_sinkhorn.ot import ConvergenceWarning, sinkhorn
 from pyro_sinkhorn.ot.backends import log_domain
-from pyro_sinkhorn.ot.sinkhorn import BACKENDS
+from pyro_sinkhorn.ot.backends import BACKENDS
 
 D = torch.float64
 COSTS = ["sqeuclidean", "euclidean"]

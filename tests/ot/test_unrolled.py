@@ -316,7 +316,7 @@ def test_float32_agrees_with_float64():
 
 
 def test_another_backend_cannot_be_unrolled(monkeypatch):
-    from pyro_sinkhorn.ot.sinkhorn import BACKENDS
+    from pyro_sinkhorn.ot.backends import BACKENDS
 
     monkeypatch.setitem(BACKENDS, "other", BACKENDS["log"])
     with pytest.raises(ValueError, match="backend is 'other' with gradient='unrolled'.*leave backend='log'"):

@@ -1,0 +1,57 @@
+r"""Anderson mixing: the next iterate from the last few, a least-squares problem of their number.
+
+Given iterates :math:`p_k` and what a plain step would add to them, :math:`r_k`, take the weights :math:`w`, summing to 1,
+that minimise :math:`\|\sum_k w_k r_k\|^2`, and go to :math:`\sum_k w_k (p_k + r_k)` (Anderson 1965; Walker and Ni 2011,
+*Anderson acceleration for fixed-point iterations*). On Sinkhorn's logarithms of scalings it needs a third to a tenth of
+the plain iterations.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Anderson:
+    """Mixing for a batch of vectors ``(B, n)``.
+
+    :param weights: of the inner product, ``(B, n)``: a coordinate of weight zero has no say
+    :param memory: iterates remembered. Beyond six nothing was gained at the accuracies matching asks for
+    """
+
+    def __init__(self, weights: Tensor, memory: int = 6) -> None:
+        self.memory, self.count = memory, 0
+        self._root = weights.sqrt()
+        batch, n = weights.shape
+        self._targets = weights.new_empty(batch, memory, n)
+        self._residuals = weights.new_empty(batch, memory, n)
+        # Relative to the trace: below it, directions are rounding noise.
+        self._ridge = 1e-7 if weights.dtype == torch.float32 else 1e-13
+        self._tiny = torch.finfo(weights.dtype).tiny
+
+    def step(self, point: Tensor, residual: Tensor, restart: Tensor | None = None) -> Tensor:
+        """The next iterate.
+
+        :param point: where the iteration is, ``(B, n)``
+        :param residual: what the plain step would add, ``(B, n)``
+        :param restart: problems whose past is to be forgotten, booleans ``(B,)``
+        """
+        slot = self.count % self.memory
+        self.count += 1
+        target, weighted = point + residual, residual * self._root
+        self._targets[:, slot] = target
+        self._residuals[:, slot] = weighted
+        if self.count == 1:
+            return target
+        if restart is not None:
+            # Copies of the present in place of the past: the minimum then is the plain step.
+            self._targets[restart] = target[restart].unsqueeze(1)
+            self._residuals[restart] = weighted[restart].unsqueeze(1)
+        k = min(self.count, self.memory)
+        recent = self._residuals[:, :k]
+        gram = torch.bmm(recent, recent.mT)
+        diagonal = gram.diagonal(dim1=-2, dim2=-1)
+        diagonal.add_(diagonal.sum(-1, keepdim=True), alpha=self._ridge).add_(self._tiny)
+        solved, _ = torch.linalg.solve_ex(gram, gram.new_ones(len(gram), k, 1))
+        mixing = solved.mT / solved.sum(-2, keepdim=True)
+        return torch.bmm(mixing, self._targets[:, :k]).squeeze(1)

@@ -1,0 +1,202 @@
+r"""The dense backend: Sinkhorn's algorithm as products with a matrix that is exponentiated once.
+
+The plan's density :math:`K_{ij} = 2^{\varphi_i+\gamma_j-sC_{ij}}` at potentials close to the answer is made once; from
+there only scalings :math:`u, v` move,
+
+.. math:: v_j \leftarrow 1 / \textstyle\sum_i a_i u_i K_{ij}, \qquad
+          r_i = u_i \textstyle\sum_j K_{ij} b_j v_j,
+
+and :math:`\log_2 u` takes Anderson's step instead of :math:`-\log_2 r`. An iteration is two products and no exponential;
+the matrix then gives the plan, and with it the gradient, for a third product. Where the scalings drift so far that
+entries lost to underflow would matter, their logarithms are absorbed into the potentials and the matrix is made again
+(Schmitzer 2019, *Stabilized sparse scaling algorithms for entropy regularized transport problems*). A row or column that
+underflows as a whole is set right by half-steps in the log domain, and what resists these is handed to the reference
+backend.
+
+Symmetric problems have one potential and the relaxed step :math:`u \leftarrow u\,r^{-2/3}`: for a conditionally negative
+definite cost the eigenvalues of the plan lie between 0 and 1, so errors shrink by at least 3 (Knight, Ruiz and Uçar 2014
+use the exponent ½, which guarantees 2).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from pyro_sinkhorn.ot.backends.anderson import Anderson
+from pyro_sinkhorn.ot.backends.exponents import LOG2E, Exponents
+from pyro_sinkhorn.ot.backends.log_domain import solve_log_domain
+from pyro_sinkhorn.ot.backends.scaled_plan import ScaledPlan, times_columns, times_rows
+from pyro_sinkhorn.ot.backends.start import starting_potentials
+from pyro_sinkhorn.ot.problem import Problem, Solution, without_masked
+
+#: Scalings up to two to this power are multiplied into the matrix as they are; beyond, it is made again.
+RANGE = {torch.float32: 50.0, torch.float64: 400.0}
+
+#: A residual this many times the best of its problem means that Anderson's steps have gone astray.
+ASTRAY = 3.0
+
+#: From this many entries of the matrices on, products of problems that have converged are saved.
+SKIP = 2**17
+
+#: After so many iterations without a better residual, plain steps, which cannot go astray, finish the job.
+PATIENCE = 50
+
+
+@torch.no_grad()
+def solve_dense(problem: Problem) -> Solution:
+    """Solve a batch of problems until every marginal error is below the tolerance."""
+    scaling = Scaling(problem)
+    solved = scaling.symmetric() if problem.symmetric else scaling.alternating()
+    if solved is not None:
+        return solved
+    return solve_log_domain(dataclasses.replace(problem, symmetric=False, start=None))
+
+
+class Scaling:
+    """The matrix of a batch of problems, the potentials it was made at, and the iterations on it.
+
+    phi, gamma:  potentials in base 2 that the matrix holds, ``(B, n)`` and ``(B, m)``
+    kernel:      densities at these potentials, ``(B, n, m)``; 0 in masked rows and columns
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem, self.exponents = problem, Exponents(problem)
+        self.a, self.b = problem.a.detach(), problem.b.detach()
+        dtype = self.a.dtype
+        self.range = RANGE.get(dtype, 8.0)
+        self.masked = bool((torch.minimum(self.a.amin(), self.b.amin()) == 0).item())
+        self.rebuild(*starting_potentials(problem, self.exponents))
+
+    def rebuild(self, phi: Tensor, gamma: Tensor) -> None:
+        """Make the matrix at these potentials."""
+        self.phi, self.gamma = phi, gamma
+        if self.masked:
+            phi, gamma = without_masked(phi, self.a), without_masked(gamma, self.b)
+        self.kernel = self.exponents(phi, gamma).exp2_()
+
+    def alternating(self) -> Solution | None:
+        """Columns exact, Anderson's steps on the rows; None where the range of the numbers was not enough."""
+        a, b, problem = self.a, self.b, self.problem
+        mixing, phi, u = Anderson(a), self.phi, torch.ones_like(a)
+        columns, rows = torch.empty_like(b), torch.empty_like(a)
+        best, best_worst, best_iteration = torch.full_like(problem.epsilon, torch.inf), math.inf, 0
+        active: list[int] | None = None
+        failures = 0
+        for iteration in range(1, problem.max_iters + 1):
+            left = a * u
+            columns = times_rows(left, self.kernel, active, columns)
+            v = columns.reciprocal()
+            if self.masked:
+                v.masked_fill_(b == 0, 0)
+            rows = times_columns(self.kernel, b * v, active, rows)
+            error = (left * rows).sub_(a).abs_().sum(-1)
+            worst = float(error.amax())
+            last = iteration == problem.max_iters
+            done = last or (problem.tolerance > 0 and worst <= problem.tolerance)
+            if not math.isfinite(worst):
+                failures += 1
+                if failures > 3 or last:
+                    return None
+                self.from_log_domain()
+                phi, u, active, mixing = self.phi, torch.ones_like(a), None, Anderson(a)
+                best, best_worst, best_iteration = torch.full_like(best, torch.inf), math.inf, iteration
+                continue
+            if (done or worst > 0.1 or iteration % 8 == 0) and self.out_of_range(phi - self.phi, v.log2()):
+                self.rebuild(phi, self.gamma + self.finite(v.log2()))
+                u, v, active = torch.ones_like(a), torch.ones_like(b), None
+                if not last:
+                    continue
+            if done:
+                return self.solution(phi, self.gamma + v.log2(), u, v, error, iteration)
+            restart = error > ASTRAY * best if worst > ASTRAY * best_worst else None
+            if worst < best_worst:
+                best_worst, best_iteration = worst, iteration
+            torch.minimum(best, error, out=best)
+            # A row that lost all its mass to underflow moves by the whole range, and the matrix is made again.
+            step = (u * rows).clamp_min_(2.0 ** -(2 * self.range)).log2_().neg_()
+            if self.masked:
+                step.masked_fill_(a == 0, 0)
+            moved = phi + step if iteration - best_iteration > PATIENCE else mixing.step(phi, step, restart)
+            if self.kernel.numel() > SKIP and len(error) > 1 and problem.tolerance > 0:
+                unsolved = error > problem.tolerance
+                active = unsolved.nonzero().flatten().tolist()
+                moved = moved.where(unsolved.unsqueeze(-1), phi)
+            phi = moved
+            u = (phi - self.phi).exp2_()
+        raise AssertionError("max_iters is at least 1")
+
+    def symmetric(self) -> Solution | None:
+        """The relaxed step, one potential for both sides; None for clouds that are not finite."""
+        a, problem = self.a, self.problem
+        u, phi = torch.ones_like(a), self.phi
+        tried = False
+        for iteration in range(1, problem.max_iters + 1):
+            left = a * u
+            residual = u * times_rows(left, self.kernel, None, left)
+            error = (residual - 1).abs_().mul_(a).sum(-1)
+            worst = float(error.amax())
+            if not math.isfinite(worst):
+                if tried or iteration == problem.max_iters:
+                    return None
+                tried = True
+                # Half a step from zero: no density is above 1 / min(a), no row empty.
+                start = self.row_half_step(torch.zeros_like(a)) / 2
+                self.rebuild(start, start)
+                phi, u = self.phi, torch.ones_like(a)
+                continue
+            if iteration == problem.max_iters or (problem.tolerance > 0 and worst <= problem.tolerance):
+                return self.solution(phi, phi, u, u, error, iteration)
+            # The first step is halved: it has the constant to find, which a half step finds at once.
+            step = residual.clamp_min_(2.0**-self.range).log2_().mul_(-1 / 2 if iteration == 1 else -2 / 3)
+            if self.masked:
+                step.masked_fill_(a == 0, 0)
+            phi = phi + step
+            if worst > 0.1 and self.out_of_range(phi - self.phi, step):
+                self.rebuild(phi, phi)
+            u = (phi - self.phi).exp2_()
+        raise AssertionError("max_iters is at least 1")
+
+    def out_of_range(self, left: Tensor, right: Tensor) -> bool:
+        """Whether the logarithms of the scalings are so large that lost entries of the matrix may matter."""
+        largest = torch.maximum(self.finite(left).abs().amax(), self.finite(right).abs().amax())
+        return float(largest) > self.range
+
+    def finite(self, logarithm: Tensor) -> Tensor:
+        """Masked points have no scaling."""
+        return logarithm.nan_to_num(0, 0, 0) if self.masked else logarithm
+
+    def from_log_domain(self) -> None:
+        """Two half-steps that neither over- nor underflow, and the matrix at where they lead: all columns exact."""
+        phi = self.row_half_step(self.gamma)
+        self.rebuild(phi, self.column_half_step(phi))
+
+    def row_half_step(self, gamma: Tensor) -> Tensor:
+        r""":math:`-\log_2\sum_j b_j 2^{\\gamma_j - sC_{ij}}`, whatever the range."""
+        exponents = self.exponents(torch.zeros_like(self.a), gamma + self.b.log2())
+        return exponents.div_(LOG2E).logsumexp(-1).mul_(-LOG2E)
+
+    def column_half_step(self, phi: Tensor) -> Tensor:
+        r""":math:`-\log_2\sum_i a_i 2^{\\varphi_i - sC_{ij}}`."""
+        exponents = self.exponents(phi + self.a.log2(), torch.zeros_like(self.b))
+        return exponents.div_(LOG2E).logsumexp(-2).mul_(-LOG2E)
+
+    def solution(
+        self, phi: Tensor, gamma: Tensor, u: Tensor, v: Tensor, error: Tensor, iterations: int
+    ) -> Solution:
+        """The record of a pair of potentials; masked points get theirs by a half-step."""
+        if self.masked:
+            phi = phi.where(self.a > 0, self.row_half_step(self.finite(gamma)))
+            gamma = phi if self.problem.symmetric else gamma.where(self.b > 0, self.column_half_step(phi))
+        potential = self.exponents.potential
+        return Solution(
+            potential(phi),
+            potential(gamma),
+            error,
+            iterations,
+            error <= self.problem.tolerance,
+            coupling=ScaledPlan(self.kernel, self.a * u, self.b * v),
+        )

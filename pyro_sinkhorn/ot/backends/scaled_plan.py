@@ -1,0 +1,51 @@
+r"""A plan as a matrix between two scalings, :math:`P = \mathrm{diag}(a u)\,K\,\mathrm{diag}(b v)`, and products with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ScaledPlan:
+    """The :class:`~pyro_sinkhorn.ot.problem.Coupling` of the dense backend.
+
+    kernel:       ``(B, n, m)``
+    left, right:  ``a * u`` and ``b * v``, ``(B, n)`` and ``(B, m)``
+    """
+
+    kernel: Tensor
+    left: Tensor
+    right: Tensor
+
+    def product(self, values: Tensor) -> Tensor:
+        """``P @ values``."""
+        return torch.bmm(self.kernel, self.right.unsqueeze(-1) * values).mul_(self.left.unsqueeze(-1))
+
+    def transposed_product(self, values: Tensor) -> Tensor:
+        """``P.mT @ values``."""
+        return torch.bmm(self.kernel.mT, self.left.unsqueeze(-1) * values).mul_(self.right.unsqueeze(-1))
+
+    def matrix(self) -> Tensor:
+        """``P``."""
+        return self.kernel * self.left.unsqueeze(-1) * self.right.unsqueeze(-2)
+
+
+def times_rows(w: Tensor, kernel: Tensor, active: Sequence[int] | None, out: Tensor) -> Tensor:
+    """:math:`\\sum_i w_i K_{ij}`, ``(B, m)``. Problems that are not ``active`` keep what ``out`` holds.
+
+    A row vector times a matrix: the other order is ten times slower in ``torch.bmm`` on a processor.
+    """
+    if active is None:
+        return torch.bmm(w.unsqueeze(1), kernel).squeeze(1)
+    for i in active:
+        torch.mm(w[i : i + 1], kernel[i], out=out[i : i + 1])
+    return out
+
+
+def times_columns(kernel: Tensor, w: Tensor, active: Sequence[int] | None, out: Tensor) -> Tensor:
+    """:math:`\\sum_j K_{ij} w_j`, ``(B, n)``, as :func:`times_rows`."""
+    return times_rows(w, kernel.mT, active, out)
