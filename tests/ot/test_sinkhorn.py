@@ -689,7 +689,7 @@ BAD = {
         {"cost": lambda x, y: x},
         r"clouds of shape \(12, 2\) and \(17, 2\) and returned \(12, 2\)",
     ),
-    "unknown backend": ({"backend": "magic"}, r"unknown backend 'magic': expected one of \[.*'log'"),
+    "unknown backend": ({"backend": "magic"}, r"unknown backend 'magic': expected 'auto' or one of \[.*'log'"),
     "no iterations": ({"max_iters": 0}, r"max_iters is 0: expected at least 1"),
 }
 

@@ -25,8 +25,9 @@ class Anderson:
         batch, n = weights.shape
         self._targets = weights.new_empty(batch, memory, n)
         self._residuals = weights.new_empty(batch, memory, n)
-        # Relative to the trace: below it, directions are rounding noise.
-        self._ridge = 1e-7 if weights.dtype == torch.float32 else 1e-13
+        # Relative to the trace. In float32 directions below it are rounding noise; in float64 it keeps the weights of
+        # problems with fewer points than memory in bounds.
+        self._ridge = 1e-7 if weights.dtype == torch.float32 else 1e-8
         self._tiny = torch.finfo(weights.dtype).tiny
 
     def step(self, point: Tensor, residual: Tensor, restart: Tensor | None = None) -> Tensor:

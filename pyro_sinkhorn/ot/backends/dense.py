@@ -36,13 +36,14 @@ from pyro_sinkhorn.ot.problem import Problem, Solution, without_masked
 #: Scalings up to two to this power are multiplied into the matrix as they are; beyond, it is made again.
 RANGE = {torch.float32: 50.0, torch.float64: 400.0}
 
-#: A residual this many times the best of its problem means that Anderson's steps have gone astray.
-ASTRAY = 3.0
+#: An error this many times the best of its problem means that Anderson's steps have gone astray: they begin anew. Less
+#: often is better: in small problems the error goes up and down by factors of ten on its way.
+ASTRAY = 100.0
 
 #: From this many entries of the matrices on, products of problems that have converged are saved.
 SKIP = 2**17
 
-#: After so many iterations without a better residual, plain steps, which cannot go astray, finish the job.
+#: After so many iterations without progress, as many are plain steps, which cannot go astray.
 PATIENCE = 50
 
 
@@ -85,7 +86,7 @@ class Scaling:
         columns, rows = torch.empty_like(b), torch.empty_like(a)
         best, best_worst, best_iteration = torch.full_like(problem.epsilon, torch.inf), math.inf, 0
         active: list[int] | None = None
-        failures = 0
+        failures = plain_until = 0
         for iteration in range(1, problem.max_iters + 1):
             left = a * u
             columns = times_rows(left, self.kernel, active, columns)
@@ -112,15 +113,20 @@ class Scaling:
                     continue
             if done:
                 return self.solution(phi, self.gamma + v.log2(), u, v, error, iteration)
-            restart = error > ASTRAY * best if worst > ASTRAY * best_worst else None
+            restart = None
+            if worst > ASTRAY * best_worst:
+                restart = error > ASTRAY * best
+                best, best_worst = best.where(~restart, torch.inf), math.inf
+            torch.minimum(best, error, out=best)
             if worst < best_worst:
                 best_worst, best_iteration = worst, iteration
-            torch.minimum(best, error, out=best)
+            elif iteration - best_iteration > PATIENCE:
+                best_iteration, plain_until = iteration, iteration + PATIENCE
             # A row that lost all its mass to underflow moves by the whole range, and the matrix is made again.
             step = (u * rows).clamp_min_(2.0 ** -(2 * self.range)).log2_().neg_()
             if self.masked:
                 step.masked_fill_(a == 0, 0)
-            moved = phi + step if iteration - best_iteration > PATIENCE else mixing.step(phi, step, restart)
+            moved = phi + step if iteration < plain_until else mixing.step(phi, step, restart)
             if self.kernel.numel() > SKIP and len(error) > 1 and problem.tolerance > 0:
                 unsolved = error > problem.tolerance
                 active = unsolved.nonzero().flatten().tolist()
