@@ -29,25 +29,53 @@ def make_problem(
     max_iters: int,
 ) -> tuple[Problem, torch.Size]:
     """Check the inputs of a public function and flatten their batch dimensions into one."""
-    is_self = x is y and a is b
+    symmetric = x is y and a is b
     x, y = check_clouds(x, y, cost)
-    batch_shape = x.shape[:-2]
-    eps = check_epsilon(epsilon, x).reshape(-1)
+    eps = check_epsilon(epsilon, x)
     weights_a, weights_b = check_weights(a, x, "a"), check_weights(b, y, "b")
+    tolerance = check_stopping(tolerance, max_iters, x.dtype)
+    problem = flat_problem(
+        x, y, weights_a, weights_b, eps, cost, tolerance, max_iters, a is None and b is None, symmetric
+    )
+    return problem, x.shape[:-2]
+
+
+def flat_problem(
+    x: Tensor,
+    y: Tensor,
+    a: Tensor,
+    b: Tensor,
+    epsilon: Tensor,
+    cost: Cost,
+    tolerance: float,
+    max_iters: int,
+    uniform: bool,
+    symmetric: bool = False,
+) -> Problem:
+    """The problem of parts that were checked and have all batch dimensions, flattened into one.
+
+    :param symmetric: ``y`` is ``x`` and ``b`` is ``a``
+    """
+    x, a = x.reshape(-1, *x.shape[-2:]), a.reshape(-1, a.shape[-1])
+    symmetric = symmetric and cost in NEGATIVE_DEFINITE
+    if symmetric:
+        y, b = x, a
+    else:
+        y, b = y.reshape(-1, *y.shape[-2:]), b.reshape(-1, b.shape[-1])
+    return Problem(x, y, a, b, epsilon.reshape(-1), cost, tolerance, max_iters, symmetric, uniform)
+
+
+def check_stopping(tolerance: float | None, max_iters: int, dtype: torch.dtype) -> float:
+    """The tolerance to stop at, with its default."""
     if max_iters < 1:
         raise ValueError(f"max_iters is {max_iters}: expected at least 1")
-    if tolerance is not None and not tolerance >= 0:
+    if tolerance is None:
+        return 1e-6 if dtype == torch.float64 else 1e-4
+    if not tolerance >= 0:
         raise ValueError(
             f"tolerance is {tolerance}: expected a marginal error of at least 0, or 0 for exactly max_iters iterations"
         )
-    if tolerance is None:
-        tolerance = 1e-6 if x.dtype == torch.float64 else 1e-4
-    flat_x, flat_y = x.reshape(-1, *x.shape[-2:]), y.reshape(-1, *y.shape[-2:])
-    flat_a, flat_b = weights_a.reshape(-1, x.shape[-2]), weights_b.reshape(-1, y.shape[-2])
-    symmetric = is_self and cost in NEGATIVE_DEFINITE
-    if symmetric:
-        flat_y, flat_b = flat_x, flat_a
-    return Problem(flat_x, flat_y, flat_a, flat_b, eps, cost, tolerance, max_iters, symmetric), batch_shape
+    return tolerance
 
 
 def check_clouds(x: Tensor, y: Tensor, cost: Cost) -> tuple[Tensor, Tensor]:
@@ -63,6 +91,8 @@ def check_clouds(x: Tensor, y: Tensor, cost: Cost) -> tuple[Tensor, Tensor]:
             f"x has shape {tuple(x.shape)} and y {tuple(y.shape)}: "
             "the last dimension, that of the space, must agree"
         )
+    if x.shape[:-2] == y.shape[:-2]:
+        return x, y
     try:
         batch_shape = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
     except RuntimeError:
@@ -92,6 +122,8 @@ def check_cloud(points: Tensor, name: str) -> Tensor:
 
 def check_epsilon(epsilon: float | Tensor, points: Tensor) -> Tensor:
     """One epsilon for every problem of the batch of ``points``: all positive, or all 0 for exact assignments."""
+    if isinstance(epsilon, float) and 0 < epsilon < math.inf:  # the common case, without looking at a tensor
+        return points.new_full(points.shape[:-2], epsilon)
     eps = torch.as_tensor(epsilon, dtype=points.dtype, device=points.device).detach()
     if not bool((eps >= 0).all()) or not bool(eps.isfinite().all()):
         raise ValueError(

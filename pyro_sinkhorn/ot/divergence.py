@@ -18,7 +18,7 @@ the divergence of Feydy et al. 2019, kept for comparison; ``None`` is plain tran
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,16 +28,20 @@ from pyro_sinkhorn.ot.checks import (
     Value,
     check_clouds,
     check_epsilon,
+    check_stopping,
     check_variant,
     check_weights,
 )
 from pyro_sinkhorn.ot.cost import Cost
 from pyro_sinkhorn.ot.extension import Moves
 from pyro_sinkhorn.ot.halves import Half, Halves, draw_halves
-from pyro_sinkhorn.ot.sinkhorn import sinkhorn
+from pyro_sinkhorn.ot.sinkhorn import Transport
 
 Debias = Literal["independent", "self"] | None
 Convention = Literal["feydy", "genevay"]
+
+#: Up to this many points both self terms go to the backend as one batch; above, one after the other saves memory.
+TOGETHER = 1024
 
 #: What the divergence is of ``cross - self_x / 2 - self_y / 2``.
 SCALES: dict[str, int] = {"feydy": 1, "genevay": 2}
@@ -129,13 +133,6 @@ def sinkhorn_divergence(
     >>> sinkhorn_divergence(x + 2, y, epsilon=1.0, generator=rng).value.item() > 6  # the squared shift is 8
     True
     """
-    options: dict[str, Any] = {
-        "value": value,
-        "gradient": gradient,
-        "tolerance": tolerance,
-        "max_iters": max_iters,
-        "backend": backend,
-    }
     if debias not in ("independent", "self", None):
         raise ValueError(f"debias is {debias!r}: expected 'independent', 'self' or None")
     if convention not in SCALES:
@@ -144,7 +141,11 @@ def sinkhorn_divergence(
     scale = SCALES[convention]
     x, y = check_clouds(x, y, cost)
     epsilon = check_epsilon(epsilon, x)
+    uniform = a is None and b is None
     a, b = check_weights(a, x, "a"), check_weights(b, y, "b")
+    tolerance = check_stopping(tolerance, max_iters, x.dtype)
+
+    transport = Transport(cost, value, gradient, tolerance, max_iters, backend)
     if candidates is not None and (
         candidates.dim() != x.dim() + 1 or candidates.shape[:-2] + candidates.shape[-1:] != x.shape
     ):
@@ -163,8 +164,10 @@ def sinkhorn_divergence(
             generator=generator,
             device=x.device,
         )
-        return _independent(x, y, epsilon, a, b, cost, halves, shared_units, scale, options, candidates)
-    out = sinkhorn(x, y, epsilon, a, b, cost, **options)
+        return _independent(
+            x, y, epsilon, a, b, cost, halves, shared_units, scale, uniform, transport, candidates
+        )
+    out = transport(x, y, a, b, epsilon, uniform)
     moves = Moves(candidates, a, epsilon, cost)
     moves.add(1.0, y, b, out.g)
     if debias is None:
@@ -179,19 +182,28 @@ def sinkhorn_divergence(
             converged=out.converged,
             variation=moves.total(scale),
         )
-    xx = sinkhorn(x, x, epsilon, a, a, cost, **options)
-    yy = sinkhorn(y, y, epsilon, b, b, cost, **options)
-    moves.add(-0.5, x, a, xx.g)  # a point moves on both sides of its own cloud
-    moves.add(-0.5, x, a, xx.f)
-    parts = (out, xx, yy)
+    if x.shape == y.shape and x.shape[-2] <= TOGETHER:
+        z, w = torch.stack([x, y]), torch.stack([a, b])
+        selves = [transport(z, z, w, w, epsilon.expand(w.shape[:-1]), uniform, symmetric=True)]
+    else:
+        selves = [transport(p, p, w, w, epsilon, uniform, symmetric=True) for p, w in ((x, a), (y, b))]
+
+    def of_both(field: str) -> Tensor:
+        return torch.cat([getattr(part, field).reshape(-1, *out.value.shape) for part in selves])
+
+    self_x, self_y = of_both("value")
+    moves.add(
+        -0.5, x, a, selves[0].g.reshape(-1, *a.shape)[0]
+    )  # a point moves on both sides of its own cloud
+    moves.add(-0.5, x, a, selves[0].f.reshape(-1, *a.shape)[0])
     return DivergenceResult(
-        value=scale * (out.value - xx.value / 2 - yy.value / 2),
+        value=scale * (out.value - self_x / 2 - self_y / 2),
         cross=out.value,
-        self_x=xx.value,
-        self_y=yy.value,
-        marginal_error=torch.stack([p.marginal_error for p in parts]).amax(0),
-        n_iters=max(p.n_iters for p in parts),
-        converged=torch.stack([p.converged for p in parts]).all(0),
+        self_x=self_x,
+        self_y=self_y,
+        marginal_error=torch.maximum(out.marginal_error, of_both("marginal_error").amax(0)),
+        n_iters=max(part.n_iters for part in (out, *selves)),
+        converged=out.converged & of_both("converged").all(0),
         variation=moves.total(scale),
     )
 
@@ -206,7 +218,8 @@ def _independent(
     halves: Halves,
     shared: bool,
     scale: int,
-    options: dict[str, Any],
+    uniform: bool,
+    transport: Transport,
     candidates: Tensor | None,
 ) -> DivergenceResult:
     x1, x2 = _take(x, a, halves.x1), _take(x, a, halves.x2)
@@ -215,7 +228,9 @@ def _independent(
     # All problems have one size and go to the backend as one batch (pairs, *batch_shape, blocks).
     left, right = zip(*cross, (x1, x2), (y1, y2), strict=True)
     (xs, ws), (ys, vs) = (tuple(map(torch.stack, zip(*side, strict=True))) for side in (left, right))
-    out = sinkhorn(xs, ys, epsilon.unsqueeze(-1), ws, vs, cost, **options)
+    out = transport(
+        xs, ys, ws, vs, epsilon.unsqueeze(-1).expand(ws.shape[:-1]), uniform and halves.x1.weight is None
+    )
     costs = out.value.mean(-1)  # over blocks
     cross_value, self_x, self_y = costs[:-2].mean(0), costs[-2], costs[-1]
 
@@ -250,5 +265,7 @@ def _independent(
 
 def _take(points: Tensor, weights: Tensor, half: Half) -> tuple[Tensor, Tensor]:
     """Points ``(*batch, blocks, k, d)`` of a half and their weights ``(*batch, blocks, k)``, renormalised."""
-    w = half.weight.to(points.dtype) * weights[..., half.index]
+    w = weights[..., half.index]
+    if half.weight is not None:
+        w = half.weight.to(points.dtype) * w
     return points[..., half.index, :], w / w.sum(-1, keepdim=True)

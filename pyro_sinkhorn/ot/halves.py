@@ -15,10 +15,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Half:
-    """Points of ``n_blocks`` halves: ``index`` and ``weight``, ``(n_blocks, k)``; padding has weight 0."""
+    """Points of ``n_blocks`` halves: ``index`` and ``weight``, ``(n_blocks, k)``.
+
+    Padding has weight 0, everything else 1; no weights where there is no padding.
+    """
 
     index: Tensor
-    weight: Tensor
+    weight: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,8 @@ def draw_halves(
     def take(members: Tensor, order: Tensor, half: int) -> Half:
         chosen = order[: n_blocks * 2 * size].reshape(n_blocks, 2, size)[:, half]
         index = members[chosen].reshape(n_blocks, -1)
+        if width == 1:
+            return Half(index, None)
         present = index >= 0
         return Half(index.clamp_min(0), present.to(torch.get_default_dtype()))
 

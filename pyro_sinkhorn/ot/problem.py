@@ -29,6 +29,7 @@ class Problem:
     max_iters:  iterations at most, and exactly where the tolerance is 0
     symmetric:  ``y`` is ``x`` and ``b`` is ``a``, and the cost is conditionally negative definite, so that one
                 potential serves both sides and the relaxed symmetric iteration applies
+    uniform:    no weight was given, so that none needs be looked at
     start:      potentials ``(f, g)`` to begin at, in units of the cost; a backend has its own beginning without
     """
 
@@ -41,7 +42,13 @@ class Problem:
     tolerance: float = 1e-6
     max_iters: int = 2_000
     symmetric: bool = False
+    uniform: bool = False
     start: tuple[Tensor, Tensor] | None = None
+
+    @cached_property
+    def exact(self) -> bool:
+        """Whether epsilon is 0: an assignment."""
+        return bool((self.epsilon == 0).any())
 
     @cached_property
     def cost_matrix(self) -> Tensor:

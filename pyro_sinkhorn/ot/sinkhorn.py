@@ -31,6 +31,7 @@ from pyro_sinkhorn.ot.checks import (
     check_envelope,
     check_start,
     check_variant,
+    flat_problem,
     make_problem,
 )
 from pyro_sinkhorn.ot.cost import Cost
@@ -136,33 +137,65 @@ def sinkhorn(
     problem, batch_shape = make_problem(x, y, epsilon, a, b, cost, tolerance, max_iters)
     if start is not None:
         problem = dataclasses.replace(problem, start=check_start(start.f, start.g, problem))
-    if bool((problem.epsilon == 0).all()):
-        check_assignment(problem, gradient)
-    elif gradient == "envelope":
-        check_envelope(value, problem)
-    solution = solve(problem, backend, gradient)
-    chosen = value_of(problem, solution, value)
+    transport = Transport(cost, value, gradient, problem.tolerance, max_iters, backend)
+    return transport.solve(problem, batch_shape)
 
-    def unbatch(t: Tensor) -> Tensor:
-        return t.reshape(batch_shape + t.shape[1:])
 
-    return SinkhornResult(
-        value=unbatch(chosen),
-        f=unbatch(solution.f.detach()),
-        g=unbatch(solution.g.detach()),
-        marginal_error=unbatch(solution.marginal_error),
-        n_iters=solution.n_iters,
-        converged=unbatch(solution.converged),
-        _problem=problem,
-        _solution=solution,
-        _batch_shape=batch_shape,
-    )
+@dataclass(frozen=True)
+class Transport:
+    """How problems whose parts were checked are solved, several of one size as one batch; see :func:`sinkhorn`."""
+
+    cost: Cost
+    value: Value
+    gradient: Gradient
+    tolerance: float
+    max_iters: int
+    backend: str
+
+    def __call__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        a: Tensor,
+        b: Tensor,
+        epsilon: Tensor,
+        uniform: bool,
+        symmetric: bool = False,
+    ) -> SinkhornResult:
+        """Of clouds that have all batch dimensions; ``symmetric`` where ``y`` is ``x``, ``uniform`` without weights."""
+        problem = flat_problem(
+            x, y, a, b, epsilon, self.cost, self.tolerance, self.max_iters, uniform, symmetric
+        )
+        return self.solve(problem, x.shape[:-2])
+
+    def solve(self, problem: Problem, batch_shape: torch.Size) -> SinkhornResult:
+        """The result with the batch dimensions put back."""
+        if problem.exact:
+            check_assignment(problem, self.gradient)
+        elif self.gradient == "envelope":
+            check_envelope(self.value, problem)
+        solution = solve(problem, self.backend, self.gradient)
+
+        def unbatch(t: Tensor) -> Tensor:
+            return t.reshape(batch_shape + t.shape[1:])
+
+        return SinkhornResult(
+            value=unbatch(value_of(problem, solution, self.value)),
+            f=unbatch(solution.f.detach()),
+            g=unbatch(solution.g.detach()),
+            marginal_error=unbatch(solution.marginal_error),
+            n_iters=solution.n_iters,
+            converged=unbatch(solution.converged),
+            _problem=problem,
+            _solution=solution,
+            _batch_shape=batch_shape,
+        )
 
 
 def solve(problem: Problem, backend: str = "auto", gradient: Gradient = "envelope") -> Solution:
     """Solve as asked, and warn where that stopped short of the tolerance."""
     run = backend_named(backend, problem)
-    if bool((problem.epsilon == 0).all()):
+    if problem.exact:
         return solve_assignment(problem)
     if gradient == "unrolled":
         if backend not in ("auto", "log"):
@@ -181,6 +214,6 @@ def solve(problem: Problem, backend: str = "auto", gradient: Gradient = "envelop
                 f"above the tolerance {problem.tolerance:.2g}: raise epsilon "
                 f"(now {float(problem.epsilon.min()):.3g}), max_iters or the tolerance",
                 ConvergenceWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
     return solution

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from pyro_sinkhorn.ot import ConvergenceWarning, sinkhorn
-from pyro_sinkhorn.ot.backends import log_domain
-from pyro_sinkhorn.ot.backends import BACKENDS
+from pyro_sinkhorn.ot.backends import BACKENDS, log_domain
 
 D = torch.float64
 COSTS = ["sqeuclidean", "euclidean"]
@@ -689,7 +688,10 @@ BAD = {
         {"cost": lambda x, y: x},
         r"clouds of shape \(12, 2\) and \(17, 2\) and returned \(12, 2\)",
     ),
-    "unknown backend": ({"backend": "magic"}, r"unknown backend 'magic': expected 'auto' or one of \[.*'log'"),
+    "unknown backend": (
+        {"backend": "magic"},
+        r"unknown backend 'magic': expected 'auto' or one of \[.*'log'",
+    ),
     "no iterations": ({"max_iters": 0}, r"max_iters is 0: expected at least 1"),
 }
 

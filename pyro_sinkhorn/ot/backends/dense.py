@@ -1,10 +1,10 @@
 r"""The dense backend: Sinkhorn's algorithm as products with a matrix that is exponentiated once.
 
-The plan's density :math:`K_{ij} = 2^{\varphi_i+\gamma_j-sC_{ij}}` at potentials close to the answer is made once; from
-there only scalings :math:`u, v` move,
+The plan :math:`K_{ij} = a_i b_j 2^{\varphi_i+\gamma_j-sC_{ij}}` at potentials close to the answer is made once; from there
+only scalings :math:`u, v` move,
 
-.. math:: v_j \leftarrow 1 / \textstyle\sum_i a_i u_i K_{ij}, \qquad
-          r_i = u_i \textstyle\sum_j K_{ij} b_j v_j,
+.. math:: v_j \leftarrow b_j / \textstyle\sum_i u_i K_{ij}, \qquad
+          r_i = u_i \textstyle\sum_j K_{ij} v_j / a_i,
 
 and :math:`\log_2 u` takes Anderson's step instead of :math:`-\log_2 r`. An iteration is two products and no exponential;
 the matrix then gives the plan, and with it the gradient, for a third product. Where the scalings drift so far that
@@ -31,7 +31,7 @@ from pyro_sinkhorn.ot.backends.exponents import LOG2E, Exponents
 from pyro_sinkhorn.ot.backends.log_domain import solve_log_domain
 from pyro_sinkhorn.ot.backends.scaled_plan import ScaledPlan, times_columns, times_rows
 from pyro_sinkhorn.ot.backends.start import starting_potentials
-from pyro_sinkhorn.ot.problem import Problem, Solution, without_masked
+from pyro_sinkhorn.ot.problem import Problem, Solution
 
 #: Scalings up to two to this power are multiplied into the matrix as they are; beyond, it is made again.
 RANGE = {torch.float32: 50.0, torch.float64: 400.0}
@@ -61,23 +61,21 @@ class Scaling:
     """The matrix of a batch of problems, the potentials it was made at, and the iterations on it.
 
     phi, gamma:  potentials in base 2 that the matrix holds, ``(B, n)`` and ``(B, m)``
-    kernel:      densities at these potentials, ``(B, n, m)``; 0 in masked rows and columns
+    kernel:      the plan at these potentials, ``(B, n, m)``; 0 in masked rows and columns
     """
 
     def __init__(self, problem: Problem) -> None:
         self.problem, self.exponents = problem, Exponents(problem)
         self.a, self.b = problem.a.detach(), problem.b.detach()
-        dtype = self.a.dtype
-        self.range = RANGE.get(dtype, 8.0)
-        self.masked = bool((torch.minimum(self.a.amin(), self.b.amin()) == 0).item())
+        self.log_a, self.log_b = self.a.log2(), self.b.log2()
+        self.range = RANGE[self.a.dtype]
+        self.masked = not problem.uniform and bool((self.a == 0).any() or (self.b == 0).any())
         self.rebuild(*starting_potentials(problem, self.exponents))
 
     def rebuild(self, phi: Tensor, gamma: Tensor) -> None:
         """Make the matrix at these potentials."""
         self.phi, self.gamma = phi, gamma
-        if self.masked:
-            phi, gamma = without_masked(phi, self.a), without_masked(gamma, self.b)
-        self.kernel = self.exponents(phi, gamma).exp2_()
+        self.kernel = self.exponents(phi + self.log_a, gamma + self.log_b).exp2_()
 
     def alternating(self) -> Solution | None:
         """Columns exact, Anderson's steps on the rows; None where the range of the numbers was not enough."""
@@ -88,13 +86,13 @@ class Scaling:
         active: list[int] | None = None
         failures = plain_until = 0
         for iteration in range(1, problem.max_iters + 1):
-            left = a * u
-            columns = times_rows(left, self.kernel, active, columns)
-            v = columns.reciprocal()
+            columns = times_rows(u, self.kernel, active, columns)
+            v = b / columns
             if self.masked:
                 v.masked_fill_(b == 0, 0)
-            rows = times_columns(self.kernel, b * v, active, rows)
-            error = (left * rows).sub_(a).abs_().sum(-1)
+            rows = times_columns(self.kernel, v, active, rows)
+            sums = u * rows
+            error = (sums - a).abs_().sum(-1)
             worst = float(error.amax())
             last = iteration == problem.max_iters
             done = last or (problem.tolerance > 0 and worst <= problem.tolerance)
@@ -122,10 +120,7 @@ class Scaling:
                 best_worst, best_iteration = worst, iteration
             elif iteration - best_iteration > PATIENCE:
                 best_iteration, plain_until = iteration, iteration + PATIENCE
-            # A row that lost all its mass to underflow moves by the whole range, and the matrix is made again.
-            step = (u * rows).clamp_min_(2.0 ** -(2 * self.range)).log2_().neg_()
-            if self.masked:
-                step.masked_fill_(a == 0, 0)
+            step = self.log_residual(sums).neg_()
             moved = phi + step if iteration < plain_until else mixing.step(phi, step, restart)
             if self.kernel.numel() > SKIP and len(error) > 1 and problem.tolerance > 0:
                 unsolved = error > problem.tolerance
@@ -141,15 +136,14 @@ class Scaling:
         u, phi = torch.ones_like(a), self.phi
         tried = False
         for iteration in range(1, problem.max_iters + 1):
-            left = a * u
-            residual = u * times_rows(left, self.kernel, None, left)
-            error = (residual - 1).abs_().mul_(a).sum(-1)
+            sums = u * times_rows(u, self.kernel, None, u)
+            error = (sums - a).abs_().sum(-1)
             worst = float(error.amax())
             if not math.isfinite(worst):
                 if tried or iteration == problem.max_iters:
                     return None
                 tried = True
-                # Half a step from zero: no density is above 1 / min(a), no row empty.
+                # Half a step from zero: no entry is above 1, no row empty.
                 start = self.row_half_step(torch.zeros_like(a)) / 2
                 self.rebuild(start, start)
                 phi, u = self.phi, torch.ones_like(a)
@@ -157,14 +151,17 @@ class Scaling:
             if iteration == problem.max_iters or (problem.tolerance > 0 and worst <= problem.tolerance):
                 return self.solution(phi, phi, u, u, error, iteration)
             # The first step is halved: it has the constant to find, which a half step finds at once.
-            step = residual.clamp_min_(2.0**-self.range).log2_().mul_(-1 / 2 if iteration == 1 else -2 / 3)
-            if self.masked:
-                step.masked_fill_(a == 0, 0)
+            step = self.log_residual(sums).mul_(-1 / 2 if iteration == 1 else -2 / 3)
             phi = phi + step
             if worst > 0.1 and self.out_of_range(phi - self.phi, step):
                 self.rebuild(phi, phi)
             u = (phi - self.phi).exp2_()
         raise AssertionError("max_iters is at least 1")
+
+    def log_residual(self, sums: Tensor) -> Tensor:
+        """Logarithm of what the rows hold over what they should. One that lost all to underflow lacks the whole range."""
+        residual = (sums / self.a).clamp_min_(2.0 ** -(2 * self.range)).log2_()
+        return residual.masked_fill_(self.a == 0, 0) if self.masked else residual
 
     def out_of_range(self, left: Tensor, right: Tensor) -> bool:
         """Whether the logarithms of the scalings are so large that lost entries of the matrix may matter."""
@@ -182,12 +179,12 @@ class Scaling:
 
     def row_half_step(self, gamma: Tensor) -> Tensor:
         r""":math:`-\log_2\sum_j b_j 2^{\\gamma_j - sC_{ij}}`, whatever the range."""
-        exponents = self.exponents(torch.zeros_like(self.a), gamma + self.b.log2())
+        exponents = self.exponents(torch.zeros_like(self.a), gamma + self.log_b)
         return exponents.div_(LOG2E).logsumexp(-1).mul_(-LOG2E)
 
     def column_half_step(self, phi: Tensor) -> Tensor:
         r""":math:`-\log_2\sum_i a_i 2^{\\varphi_i - sC_{ij}}`."""
-        exponents = self.exponents(phi + self.a.log2(), torch.zeros_like(self.b))
+        exponents = self.exponents(phi + self.log_a, torch.zeros_like(self.b))
         return exponents.div_(LOG2E).logsumexp(-2).mul_(-LOG2E)
 
     def solution(
@@ -204,5 +201,5 @@ class Scaling:
             error,
             iterations,
             error <= self.problem.tolerance,
-            coupling=ScaledPlan(self.kernel, self.a * u, self.b * v),
+            coupling=ScaledPlan(self.kernel, u, v),
         )

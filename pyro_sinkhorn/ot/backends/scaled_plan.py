@@ -1,4 +1,4 @@
-r"""A plan as a matrix between two scalings, :math:`P = \mathrm{diag}(a u)\,K\,\mathrm{diag}(b v)`, and products with it."""
+r"""A plan as a matrix between two scalings, :math:`P = \mathrm{diag}(u)\,K\,\mathrm{diag}(v)`, and products with it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class ScaledPlan:
     """The :class:`~pyro_sinkhorn.ot.problem.Coupling` of the dense backend.
 
     kernel:       ``(B, n, m)``
-    left, right:  ``a * u`` and ``b * v``, ``(B, n)`` and ``(B, m)``
+    left, right:  scalings, ``(B, n)`` and ``(B, m)``
     """
 
     kernel: Tensor
