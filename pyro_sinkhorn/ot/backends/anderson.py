@@ -21,14 +21,16 @@ class Anderson:
 
     def __init__(self, weights: Tensor, memory: int = 6) -> None:
         self.memory, self.count = memory, 0
-        self._root = weights.sqrt()
         batch, n = weights.shape
+        self._root = weights.sqrt()
         self._targets = weights.new_empty(batch, memory, n)
         self._residuals = weights.new_empty(batch, memory, n)
-        # Relative to the trace. In float32 directions below it are rounding noise; in float64 it keeps the weights of
+        self._ones = weights.new_ones(batch, memory, 1)
+        # Relative to each residual. In float32 directions below it are rounding noise; in float64 it keeps the weights of
         # problems with fewer points than memory in bounds.
-        self._ridge = 1e-7 if weights.dtype == torch.float32 else 1e-8
-        self._tiny = torch.finfo(weights.dtype).tiny
+        self._ridge = 1e-6 if weights.dtype == torch.float32 else 1e-8
+        self._tiny = torch.eye(memory, dtype=weights.dtype, device=weights.device)
+        self._tiny *= torch.finfo(weights.dtype).tiny
 
     def step(self, point: Tensor, residual: Tensor, restart: Tensor | None = None) -> Tensor:
         """The next iterate.
@@ -39,20 +41,17 @@ class Anderson:
         """
         slot = self.count % self.memory
         self.count += 1
-        target, weighted = point + residual, residual * self._root
-        self._targets[:, slot] = target
-        self._residuals[:, slot] = weighted
+        target = torch.add(point, residual, out=self._targets[:, slot])
+        weighted = torch.mul(residual, self._root, out=self._residuals[:, slot])
         if self.count == 1:
-            return target
+            return target.clone()
         if restart is not None:
             # Copies of the present in place of the past: the minimum then is the plain step.
             self._targets[restart] = target[restart].unsqueeze(1)
             self._residuals[restart] = weighted[restart].unsqueeze(1)
         k = min(self.count, self.memory)
         recent = self._residuals[:, :k]
-        gram = torch.bmm(recent, recent.mT)
-        diagonal = gram.diagonal(dim1=-2, dim2=-1)
-        diagonal.add_(diagonal.sum(-1, keepdim=True), alpha=self._ridge).add_(self._tiny)
-        solved, _ = torch.linalg.solve_ex(gram, gram.new_ones(len(gram), k, 1))
-        mixing = solved.mT / solved.sum(-2, keepdim=True)
-        return torch.bmm(mixing, self._targets[:, :k]).squeeze(1)
+        gram = torch.baddbmm(self._tiny[:k, :k], recent, recent.mT)
+        gram.diagonal(dim1=-2, dim2=-1).mul_(1 + self._ridge)
+        solved, _ = torch.linalg.solve_ex(gram, self._ones[:, :k])
+        return torch.bmm(solved.mT, self._targets[:, :k]).squeeze(1).div_(solved.sum(-2))

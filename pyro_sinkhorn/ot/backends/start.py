@@ -29,18 +29,18 @@ def starting_potentials(problem: Problem, exponents: Exponents) -> tuple[Tensor,
         zero = exponents(torch.zeros_like(problem.a), torch.zeros_like(problem.b))
         phi = -zero.amax(-1)
         return phi, -(zero.add_(phi.unsqueeze(-1))).amax(-2)
-    f, g = gaussian_potentials(
-        exponents.x, exponents.y, problem.a.detach(), problem.b.detach(), problem.epsilon, problem.symmetric
-    )
+    a, b = (None, None) if problem.uniform else (problem.a.detach(), problem.b.detach())
+    f, g = gaussian_potentials(exponents.x, exponents.y, a, b, problem.epsilon, problem.symmetric)
     return f * scale, g * scale
 
 
 def gaussian_potentials(
-    x: Tensor, y: Tensor, a: Tensor, b: Tensor, epsilon: Tensor, symmetric: bool = False
+    x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, epsilon: Tensor, symmetric: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Potentials of the diagonal normal laws of two weighted clouds, in units of the cost.
 
     :param x: points ``(B, n, d)``; ``y`` is ``(B, m, d)``
+    :param a: weights ``(B, n)``, None for equal ones
     :param symmetric: both clouds are one, and so are the potentials
     """
     quarter = epsilon.reshape(-1, 1, 1) / 4
@@ -57,8 +57,11 @@ def gaussian_potentials(
     return f, g
 
 
-def _moments(points: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def _moments(points: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
     """Mean and variance of each coordinate, ``(B, 1, d)``."""
+    if weights is None:
+        variance, mean = torch.var_mean(points, -2, correction=0, keepdim=True)
+        return mean, variance
     w = weights.unsqueeze(-2)
     mean = w @ points
     return mean, (w @ points.square() - mean.square()).clamp_min(0)
