@@ -36,7 +36,7 @@ class MatchOptions:
     cost: Any = "sqeuclidean"
     tolerance: float = 1e-2
     max_iters: int = 500
-    backend: str = "log"
+    backend: str = "auto"
     value: Value = "entropic"
     gradient: Gradient = "envelope"
 

@@ -104,7 +104,7 @@ class Trace_Sinkhorn(SinkhornLoss):
         cost: GivenCost = None,
         tolerance: float = 1e-2,
         max_iters: int = 500,
-        backend: str = "log",
+        backend: str = "auto",
         value: Value = "entropic",
         gradient: Gradient = "envelope",
         num_particles: int = 1,
