@@ -15,8 +15,8 @@ and each cloud's slope is taken after its own half-step, which makes its margina
 
 .. math:: \partial_{x_i} = 2 a_i\,\bigl(x_i - \textstyle\sum_j P_{ij}\,y_j / \sum_j P_{ij}\bigr):
 
-the same at convergence, and short of it about three times nearer to that, since the marginal error itself would push
-every point along its own position.
+the same at convergence, and nearer to it short of that, since the marginal error itself would push every point along its
+own position.
 """
 
 from __future__ import annotations

@@ -194,10 +194,8 @@ class Scaling:
         if self.masked:
             phi = phi.where(self.a > 0, self.row_half_step(self.finite(gamma)))
             gamma = phi if self.problem.symmetric else gamma.where(self.b > 0, self.column_half_step(phi))
-        potential = self.exponents.potential
         return Solution(
-            potential(phi),
-            potential(gamma),
+            *self.exponents.potentials(phi, gamma),
             error,
             iterations,
             error <= self.problem.tolerance,

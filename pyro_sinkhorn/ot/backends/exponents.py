@@ -9,7 +9,12 @@ the matrix :math:`C` is never formed: one product of points with their biases ap
 
 .. math:: \bigl(2s x_i,\; \varphi_i - s\|x_i\|^2,\; 1\bigr) \cdot \bigl(y_j,\; 1,\; \gamma_j - s\|y_j\|^2\bigr),
 
-is the exponent. Both clouds are centred first: in float32 the expansion of the square loses digits far from the origin.
+is the exponent. In float32 the expansion of the square loses digits far from the origin, so each cloud is taken about its
+own mean. With :math:`\delta` from the mean of y to that of x, and primes for centred points,
+
+.. math:: \|x_i-y_j\|^2 = \|x_i'-y_j'\|^2 + (2\langle\delta,x_i'\rangle + \|\delta\|^2) - 2\langle\delta,y_j'\rangle:
+
+what the shift adds is a potential of either side, however far apart the clouds are.
 """
 
 from __future__ import annotations
@@ -28,24 +33,33 @@ LOG2E = 1 / math.log(2.0)
 class Exponents:
     """Builds the exponents of a batch of problems, ``(B, n, m)``, from potentials in base 2.
 
-    scale:  ``log2(e) / epsilon``, ``(B, 1)``: potentials times it are in base 2
-    x, y:   centred points, for the squared Euclidean cost; None for others
+    scale:  ``log2(e) / epsilon``, ``(B, 1)``
+    x, y:   points about the mean of their cloud, for the squared Euclidean cost; None for others
     """
 
     def __init__(self, problem: Problem) -> None:
         self.scale = (LOG2E / problem.epsilon).unsqueeze(-1)
         self.x: Tensor | None = None
         self.y: Tensor | None = None
-        if problem.cost == "sqeuclidean":
-            x, y = problem.x.detach(), problem.y.detach()
-            centre = x.mean(-2, keepdim=True)
-            self.x, self.y = x - centre, x - centre if problem.symmetric else y - centre
-            self._left = self.x * (2 * self.scale.unsqueeze(-1))
-            self._bias_x = self.x.square().sum(-1) * self.scale
-            self._bias_y = self._bias_x if problem.symmetric else self.y.square().sum(-1) * self.scale
-            self._one = self._bias_x.new_ones(())
-        else:
+        self._shift: tuple[Tensor, Tensor] | None = None
+        if problem.cost != "sqeuclidean":
             self._scaled_cost = problem.cost_matrix.detach() * self.scale.unsqueeze(-1)
+            return
+        mean_x = _mean(problem.x, problem.a)
+        self.x = self.y = problem.x.detach() - mean_x
+        self._bias_x = self._bias_y = self.x.square().sum(-1) * self.scale
+        if not problem.symmetric:
+            mean_y = _mean(problem.y, problem.b)
+            self.y = problem.y.detach() - mean_y
+            self._bias_y = self.y.square().sum(-1) * self.scale
+            delta = (mean_x - mean_y).mT
+            constant = delta.square().sum(-2)
+            self._shift = (
+                (2 * self.x @ delta).squeeze(-1) + constant,
+                (2 * self.y @ delta).squeeze(-1).neg(),
+            )
+        self._left = self.x * (2 * self.scale.unsqueeze(-1))
+        self._one = self._bias_x.new_ones(())
 
     def __call__(self, phi: Tensor, gamma: Tensor) -> Tensor:
         """``phi_i + gamma_j - s C_ij``, a new tensor."""
@@ -58,6 +72,18 @@ class Exponents:
     def _with_one(self, bias: Tensor) -> tuple[Tensor, Tensor]:
         return bias.unsqueeze(-1), self._one.expand(*bias.shape, 1)
 
-    def potential(self, base2: Tensor) -> Tensor:
-        """From base 2 to units of the cost."""
-        return base2 / self.scale
+    def potentials(self, phi: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+        """``f`` and ``g`` in units of the cost."""
+        f, g = phi / self.scale, gamma / self.scale
+        return (f, g) if self._shift is None else (f + self._shift[0], g + self._shift[1])
+
+    def in_base_2(self, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverse of :meth:`potentials`."""
+        if self._shift is not None:
+            f, g = f - self._shift[0], g - self._shift[1]
+        return f * self.scale, g * self.scale
+
+
+def _mean(points: Tensor, weights: Tensor) -> Tensor:
+    """``(B, 1, d)``; points without weight have no say, wherever they are."""
+    return weights.detach().unsqueeze(-2) @ points.detach()
