@@ -6,6 +6,7 @@ import fcntl
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,21 @@ class Rows:
     :param settings: of the whole run; rows of an earlier run with other settings are dropped
     :param keys: entries that tell rows apart
     :param keep: False for a smoke test, which neither reads nor writes
+    :param packages: whose versions are in the file too
+    :param show: prints a new row
     """
 
-    def __init__(self, name: str, settings: dict[str, Any], keys: Iterable[str], keep: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        settings: dict[str, Any],
+        keys: Iterable[str],
+        keep: bool,
+        packages: Iterable[str] = (),
+        show: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
         self.name, self.settings, self.keys, self.keep = name, settings, tuple(keys), keep
+        self.packages, self.show = tuple(packages), show or partial(print, flush=True)
         self._held: list[dict[str, Any]] = []
 
     @property
@@ -40,13 +52,14 @@ class Rows:
             if self._found(key):
                 return
         row = key | run()
-        print(row, flush=True)
+        self.show(row)
         with _alone():
             if not self._found(key):
                 self._held = [*self.rows, row]
                 if self.keep:
                     payload = {"settings": self.settings, "rows": self._held}
-                    write(self.name, payload, seeds=sorted({row["seed"] for row in self._held}))
+                    seeds = sorted({row["seed"] for row in self._held})
+                    write(self.name, payload, seeds=seeds, packages=self.packages)
 
     def _found(self, key: dict[str, Any]) -> bool:
         return any(all(row[name] == key[name] for name in self.keys) for row in self.rows)

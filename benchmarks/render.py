@@ -16,6 +16,7 @@ import render_posterior
 import render_priors
 import render_references
 import render_simulators
+import render_speed
 import render_structure
 from _tables import ROOT, load, origin, table
 
@@ -204,6 +205,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     **render_posterior.SECTIONS,
     **render_references.SECTIONS,
     **render_structure.SECTIONS,
+    **render_speed.SECTIONS,
     "step ratio": lambda: f"{load('svi_step_cost')['table'][-1]['ratio_to_elbo']:.1f}",
 }
 
