@@ -1,36 +1,40 @@
-r"""What does a step of SVI cost with ``Trace_Sinkhorn``, beside ``Trace_ELBO``?
+r"""What does a step of SVI cost with ``Trace_Sinkhorn``, beside ``Trace_ELBO`` with a mean-field guide?
 
-One program: 10 latents, a decoder 10-128-64, batches of 256 scikit-learn digits, Adam. Rows:
+The digits program: 64 pixels, 10 latents, decoder 10-w-w-64, encoder 64-w-w-10, SiLU; w is 128 and 512, the batch 256 and
+1024 of scikit-learn's digits. Networks are the same on both sides. The encoder is the head of ``AutoImplicit`` on the
+pixels, a perceptron with two hidden layers and a linear map beside it; it reads 10 noise variables more in the implicit
+guide and has 10 outputs more in the normal one. The decoder's Bernoulli does not check its logits, and Pyro's validation
+is on as it is by default. Rows:
 
-- ``Trace_ELBO``: normal prior and a normal encoder
-- ``Trace_Sinkhorn``: the same prior and networks, and ``AutoImplicit`` around them
+- ``Trace_ELBO``: normal prior, normal guide
+- ``Trace_Sinkhorn``: the same prior, and ``AutoImplicit`` around the same encoder
 - the same with a Dirichlet prior, which ``Trace_ELBO`` cannot have
-- the Dirichlet with the encoder that ``AutoImplicit`` makes by itself (standardised input,
-  64-128-128), as most people will run it
+- at width 128, the Dirichlet with all that ``AutoImplicit`` makes by itself (standardised input 64-128-128, head
+  138-128-128-10), as most people will run it
 
-The encoder is 64-128, then the three-layer head of ``AutoImplicit`` (10 noise inputs in the implicit guide, 10 more
-outputs in the normal one): equal to a few percent in parameters. Steps of all rows alternate in one run, after a
-warm-up that trains each, since the solver's iterations depend on how near the clouds are. Times are CPU time of one
-thread, float32, medians, so that a busy neighbour counts for less.
+Steps of all rows alternate in one run, after a warm-up that trains each, since the solver's iterations depend on how near
+the clouds are. Times are CPU time of one thread, float32, medians, so that a busy neighbour counts for less.
 
-The profile wraps a few functions of the library with clocks; each part's time excludes that of the parts inside it.
+``matching`` is transport with all that belongs to it: the split into halves, costs, solver, value, and its share of the
+backward pass. It and the parts are measured in further steps between the others, in which functions wear clocks: a part's
+time excludes that of the parts inside it. The share of the backward pass is a gradient of the match with respect to its
+clouds.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import pyro
 import pyro.distributions as dist
 import torch
+from _clock import Clock
 from _report import write
 from pyro.infer import SVI, Trace_ELBO
 from sklearn.datasets import load_digits
@@ -44,21 +48,30 @@ import pyro_sinkhorn.losses.latent_match
 import pyro_sinkhorn.losses.matching
 import pyro_sinkhorn.losses.trace_sinkhorn
 from pyro_sinkhorn import AutoImplicit, Trace_Sinkhorn
-from pyro_sinkhorn.guide.encoder import NoiseHead
+from pyro_sinkhorn.guide.encoder import NoiseHead, perceptron
 
-# Not an attribute of its package: there the function of the same name hides the module.
-solver = importlib.import_module("pyro_sinkhorn.ot.sinkhorn")
-
-BATCH, PIXELS, LATENTS, WIDTH = 256, 64, 10, 128
+PIXELS, LATENTS = 64, 10
+WIDTHS, BATCHES = (128, 512), (256, 1024)
+ELBO, NORMAL, DIRICHLET, DEFAULT = (
+    "Trace_ELBO, normal prior",
+    "Trace_Sinkhorn, normal prior",
+    "Trace_Sinkhorn, Dirichlet prior",
+    "Trace_Sinkhorn, Dirichlet prior, default encoder",
+)
+MATCHING = ("match", "match: backward")
 SEED = 0
 
 
-def encoder_network() -> nn.Module:
-    return nn.Sequential(nn.Linear(PIXELS, WIDTH), nn.SiLU())
+class Key(NamedTuple):
+    """What a row is."""
+
+    program: str
+    width: int
+    batch: int
 
 
-def make_model(dirichlet: bool) -> Callable[[Tensor], None]:
-    decoder = nn.Sequential(nn.Linear(LATENTS, WIDTH), nn.SiLU(), nn.Linear(WIDTH, PIXELS))
+def make_model(width: int, dirichlet: bool) -> Callable[[Tensor], None]:
+    decoder = perceptron(LATENTS, width, PIXELS)
 
     def model(x: Tensor) -> None:
         pyro.module("decoder", decoder)
@@ -73,13 +86,12 @@ def make_model(dirichlet: bool) -> Callable[[Tensor], None]:
     return model
 
 
-def normal_guide() -> Callable[[Tensor], None]:
-    encoder, head = encoder_network(), NoiseHead(WIDTH, 0, 2 * LATENTS, WIDTH)
+def normal_guide(width: int) -> Callable[[Tensor], None]:
+    encoder = NoiseHead(PIXELS, 0, 2 * LATENTS, width)
 
     def guide(x: Tensor) -> None:
         pyro.module("encoder", encoder)
-        pyro.module("head", head)
-        loc, log_scale = head(encoder(x), None).chunk(2, -1)
+        loc, log_scale = encoder(x, None).chunk(2, -1)
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
 
@@ -87,12 +99,22 @@ def normal_guide() -> Callable[[Tensor], None]:
 
 
 class Row:
-    """One program with its own parameters, optimiser and loss."""
+    """One program with its own parameters, optimiser, loss and data."""
 
-    def __init__(self, model: Any, guide: Any, loss: Any) -> None:
+    def __init__(self, key: Key, data: Tensor) -> None:
+        model = make_model(key.width, dirichlet=key.program in (DIRICHLET, DEFAULT))
+        loss: Any = Trace_ELBO() if key.program == ELBO else Trace_Sinkhorn()
+        guide: Any
+        if key.program == ELBO:
+            guide = normal_guide(key.width)
+        elif key.program == DEFAULT:
+            guide = AutoImplicit(model)
+        else:
+            # The pixels themselves as the code of a datum: then the head is the whole encoder.
+            guide = AutoImplicit(model, nn.Identity(), hidden=key.width)
         self.store: dict[str, Any] | None = None
-        self.guide, self.loss = guide, loss
         self.svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), loss=loss)
+        self.minibatches = minibatches(data, key.batch)
 
     @contextmanager
     def active(self) -> Iterator[SVI]:
@@ -104,64 +126,56 @@ class Row:
             return sum(value.numel() for value in pyro.get_param_store().values())
 
 
-def make_rows() -> dict[str, Row]:
-    rows = {"Trace_ELBO, normal prior": Row(make_model(False), normal_guide(), Trace_ELBO())}
-    for name, is_dirichlet, encoder in (
-        ("Trace_Sinkhorn, normal prior", False, encoder_network()),
-        ("Trace_Sinkhorn, Dirichlet prior", True, encoder_network()),
-        ("Trace_Sinkhorn, Dirichlet prior, default encoder", True, None),
-    ):
-        model = make_model(is_dirichlet)
-        rows[name] = Row(model, AutoImplicit(model, encoder), Trace_Sinkhorn())
-    return rows
-
-
-def batches(data: Tensor) -> Iterator[Tensor]:
+def minibatches(data: Tensor, size: int) -> Iterator[Tensor]:
     while True:
-        yield from torch.randperm(len(data)).split(BATCH)[: len(data) // BATCH]
+        for index in torch.randperm(len(data)).split(size)[: len(data) // size]:
+            yield data[index]
 
 
-def measure(rows: dict[str, Row], data: Tensor, warm_up: int, rounds: int) -> dict[str, list[float]]:
-    """CPU milliseconds of every step, the rows taking turns."""
-    index = batches(data)
+def make_rows(data: Tensor) -> dict[Key, Row]:
+    keys = [
+        Key(program, width, batch)
+        for width in WIDTHS
+        for batch in BATCHES
+        for program in (ELBO, NORMAL, DIRICHLET, *([DEFAULT] if width == 128 else []))
+    ]
+    return {key: Row(key, data) for key in keys}
+
+
+def measure(rows: dict[Key, Row], warm_up: int, rounds: int) -> tuple[dict[Key, list[float]], dict[Key, Any]]:
+    """CPU milliseconds of every step, the rows taking turns, and of the parts of steps between these."""
     for row in rows.values():
         with row.active() as svi:
             for _ in range(warm_up):
-                svi.step(data[next(index)])
-    times: dict[str, list[float]] = {name: [] for name in rows}
+                svi.step(next(row.minibatches))
+    times: dict[Key, list[float]] = {key: [] for key in rows}
+    parts: dict[Key, list[Any]] = {key: [] for key in rows if key.program != ELBO}
     for _ in range(rounds):
-        for name, row in rows.items():
-            x = data[next(index)]
+        for key, row in rows.items():
+            x = next(row.minibatches)
             with row.active() as svi:
                 start = time.process_time()
                 svi.step(x)
-                times[name].append((time.process_time() - start) * 1e3)
-    return times
+                times[key].append((time.process_time() - start) * 1e3)
+            if key.program != ELBO:
+                parts[key].append(profiled_step(row))
+    return times, {key: summary(found) for key, found in parts.items()}
 
 
-class Clock:
-    """CPU time by part; a part's time excludes that of parts inside it."""
-
-    def __init__(self) -> None:
-        self.parts: dict[str, float] = defaultdict(float)
-        self._inside = [0.0]
-
-    def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            self._inside.append(0.0)
-            start = time.process_time()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                spent = (time.process_time() - start) * 1e3
-                self.parts[part] += spent - self._inside.pop()
-                self._inside[-1] += spent
-
-        return wrapper
+def summary(steps: list[dict[str, float]]) -> dict[str, Any]:
+    """Medians over steps."""
+    iterations = median(step.pop("solver iterations") for step in steps)
+    parts = {part: median(step.get(part, 0.0) for step in steps) for part in set().union(*steps)}
+    return {
+        "whole_ms": median(sum(step.values()) for step in steps),
+        "matching_ms": median(sum(step[part] for part in MATCHING) for step in steps),
+        "parts_ms": dict(sorted(parts.items(), key=lambda item: -item[1])),
+        "solver_iterations": iterations,
+    }
 
 
-def profile(row: Row, data: Tensor, rounds: int) -> dict[str, Any]:
-    """Median CPU milliseconds of the parts of a step, and of the solver's iterations."""
+def profiled_step(row: Row) -> dict[str, float]:
+    """CPU milliseconds of the parts of one step, and the solver's iterations."""
     losses = pyro_sinkhorn.losses
     places = {
         (pyro_sinkhorn.guide.auto_implicit, "run_model"): "guide: prior run for its plates",
@@ -177,40 +191,38 @@ def profile(row: Row, data: Tensor, rounds: int) -> dict[str, Any]:
         (losses.coordinates, "varying_parameters"): "clouds",
         (losses.latent_match, "make_cloud"): "clouds",
         (losses.latent_match, "slices"): "clouds",
-        (losses.latent_match, "match"): "match: split, costs, value",
-        (solver, "solve"): "match: solver",
         (Tensor, "backward"): "backward",
     }
-    index = batches(data)
-    iterations, steps, wholes = [], [], []
-    solve = solver.solve
+    iterations: list[int] = []
+    transport, match = losses.matching.sinkhorn_divergence, losses.latent_match.match
+    clock = Clock()
 
     def counted(*args: Any, **kwargs: Any) -> Any:
-        solution = solve(*args, **kwargs)
-        iterations.append(solution.n_iters)
-        return solution
+        result = transport(*args, **kwargs)
+        iterations.append(result.n_iters)
+        return result
 
-    with row.active() as svi:
+    def with_backward(x: Any, y: Any, *args: Any, **kwargs: Any) -> Any:
+        value = clock.timed("match", match)(x, y, *args, **kwargs)
+        learned = [cloud.points for cloud in (x, y) if cloud.points.requires_grad]
+        # Besides the pass through the whole graph, which holds it a second time: taken off below.
+        clock.timed("match: backward", torch.autograd.grad)(value.sum(), learned, retain_graph=True)
+        return value
+
+    with (
+        row.active() as svi,
+        mock.patch.object(losses.matching, "sinkhorn_divergence", counted),
+        mock.patch.object(losses.latent_match, "match", with_backward),
+        clock.around(places),
+    ):
         optim, guide = svi.optim, svi.guide
-        for _ in range(rounds):
-            clock = Clock()
-            with ExitStack() as stack:
-                for (owner, name), part in places.items():
-                    function = counted if part == "match: solver" else getattr(owner, name)
-                    stack.enter_context(mock.patch.object(owner, name, clock.timed(part, function)))
-                svi.optim, svi.guide = clock.timed("optimiser", optim), clock.timed("guide run", guide)
-                try:
-                    x = data[next(index)]
-                    clock.timed("rest: traces, handlers, bookkeeping", svi.step)(x)
-                finally:
-                    svi.optim, svi.guide = optim, guide
-            steps.append(dict(clock.parts))
-            wholes.append(sum(clock.parts.values()))
-    parts = {
-        part: median(step.get(part, 0.0) for step in steps) for part in sorted({p for s in steps for p in s})
-    }
-    parts = dict(sorted(parts.items(), key=lambda item: -item[1]))
-    return {"whole_ms": median(wholes), "parts_ms": parts, "solver_iterations": median(iterations)}
+        svi.optim, svi.guide = clock.timed("optimiser", optim), clock.timed("guide run", guide)
+        try:
+            clock.timed("rest: traces, handlers, bookkeeping", svi.step)(next(row.minibatches))
+        finally:
+            svi.optim, svi.guide = optim, guide
+    clock.parts["backward"] -= clock.parts["match: backward"]
+    return dict(clock.parts) | {"solver iterations": sum(iterations)}
 
 
 def quantile(values: list[float], q: float) -> float:
@@ -220,50 +232,54 @@ def quantile(values: list[float], q: float) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke-test", action="store_true", help="a few steps; writes nothing")
+    parser.add_argument("--rounds", type=int, default=150, help="steps of every row that are timed")
     args = parser.parse_args()
     torch.set_num_threads(1)
     pyro.set_rng_seed(SEED)
-    warm_up, rounds = (2, 3) if args.smoke_test else (300, 300)
+    warm_up, rounds = (2, 3) if args.smoke_test else (150, args.rounds)
     data = torch.tensor(load_digits().data, dtype=torch.float32) / 16
-    rows = make_rows()
-    times = measure(rows, data, warm_up, rounds)
-    baseline = median(times["Trace_ELBO, normal prior"])
+    rows = make_rows(data)
+    times, profiles = measure(rows, warm_up, rounds)
     table = []
     print(
-        f"{'CPU ms a step at batch 256':<52} {'median':>7} {'quartiles':>15} {'ratio':>6} {'parameters':>11}"
+        f"{'CPU ms a step':<66} {'median':>7} {'quartiles':>15} {'ratio':>6} {'matching':>9} {'without':>8}"
     )
-    for name, row in rows.items():
-        middle, low, high = median(times[name]), quantile(times[name], 0.25), quantile(times[name], 0.75)
+    for key, row in rows.items():
+        found = times[key]
+        middle, low, high = median(found), quantile(found, 0.25), quantile(found, 0.75)
+        baseline = median(times[Key(ELBO, key.width, key.batch)])
+        matching = profiles[key]["matching_ms"] if key in profiles else 0.0
         table.append(
-            {
-                "program": name,
+            key._asdict()
+            | {
                 "median_ms": middle,
                 "quartiles_ms": [low, high],
                 "ratio_to_elbo": middle / baseline,
+                "matching_ms": matching,
+                "ratio_without_matching": (middle - matching) / baseline,
                 "parameters": row.parameters(),
             }
         )
+        name = f"width {key.width}, batch {key.batch:4}: {key.program}"
         print(
-            f"{name:<52} {middle:7.2f} {low:7.2f}-{high:<7.2f} {middle / baseline:6.2f} {row.parameters():11d}"
+            f"{name:<66} {middle:7.2f} {low:7.2f}-{high:<7.2f} {middle / baseline:6.2f} {matching:9.2f} "
+            f"{(middle - matching) / baseline:8.2f}"
         )
-    profiles = {}
-    for name, row in rows.items():
-        if isinstance(row.loss, Trace_Sinkhorn):
-            profiles[name] = found = profile(row, data, rounds)
-            print(f"\n{name}: {found['whole_ms']:.2f} ms, {found['solver_iterations']:.0f} solver iterations")
-            for part, ms in found["parts_ms"].items():
-                print(f"    {part:<38} {ms:6.2f} ms {ms / found['whole_ms']:5.0%}")
+    for key, found in profiles.items():
+        print(f"\n{key}: {found['whole_ms']:.2f} ms, {found['solver_iterations']:.0f} solver iterations")
+        for part, ms in found["parts_ms"].items():
+            print(f"    {part:<38} {ms:6.2f} ms {ms / found['whole_ms']:5.0%}")
     if not args.smoke_test:
         settings = {
-            "batch": BATCH,
             "dtype": "float32",
-            "decoder": f"{LATENTS}-{WIDTH}-{PIXELS}",
+            "networks": f"encoder {PIXELS}-w-w-{LATENTS}, decoder {LATENTS}-w-w-{PIXELS}, SiLU",
             "data": "scikit-learn digits, 64 pixels",
             "validation": pyro.settings.get("validate_distributions_pyro"),
             "warm_up": warm_up,
             "rounds": rounds,
         }
-        payload = settings | {"table": table, "profile_of_a_step": profiles}
+        parts = [key._asdict() | found for key, found in profiles.items()]
+        payload = settings | {"table": table, "profile_of_a_step": parts}
         print("wrote", write("svi_step_cost", payload, seeds=[SEED], packages=["scikit-learn"]))
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
@@ -21,33 +21,53 @@ from pyro_sinkhorn.structure import innermost, sample_sites
 Path = tuple[Any, ...]
 
 
-@contextmanager
-def explained(owner: str, trace: Trace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-    """Say of an error inside a program where it came from and what to do; what is not understood passes unchanged.
+class Recorder(TraceMessenger):
+    """Traces a run, and knows the sample statement that is being executed.
 
-    :param owner: ``"model"`` or ``"guide"``
-    :param trace: what has run so far
+    One handler does both, and looks at the type of a message itself: every handler is asked twice at every statement, of
+    which ``pyro.module`` makes one a parameter.
+
+    :param keep: whether to trace
     """
-    with _Current() as current:
-        try:
-            yield
-        except (ZeroDivisionError, RuntimeError, ValueError) as error:
-            reason = _explain(owner, error, current.message, trace, args, kwargs)
-            if reason is None:
-                raise
-            raise reason from error
-
-
-class _Current(Messenger):
-    """Knows the sample statement that is being executed."""
 
     message: Any = None
 
-    def _pyro_sample(self, msg: Any) -> None:
-        self.message = msg
+    def __init__(self, keep: bool = True) -> None:
+        super().__init__()
+        self.keep = keep
 
-    def _pyro_post_sample(self, msg: Any) -> None:
-        self.message = None
+    def _process_message(self, msg: Any) -> None:
+        if msg["type"] == "sample":
+            self.message = msg
+
+    def _postprocess_message(self, msg: Any) -> None:
+        kind = msg["type"]
+        if self.keep and kind == "sample":
+            self._pyro_post_sample(msg)
+        elif self.keep and kind == "param":
+            self._pyro_post_param(msg)
+        if kind == "sample":
+            self.message = None
+
+
+@contextmanager
+def explained(
+    owner: str, args: tuple[Any, ...], kwargs: dict[str, Any], recorder: Recorder | None = None
+) -> Iterator[Recorder]:
+    """Trace a program, and say of an error inside it where it came from and what to do; what is not understood passes
+    unchanged.
+
+    :param owner: ``"model"`` or ``"guide"``
+    :param recorder: of what runs; by default a new one
+    """
+    with Recorder() if recorder is None else recorder as active:
+        try:
+            yield active
+        except (ZeroDivisionError, RuntimeError, ValueError) as error:
+            reason = _explain(owner, error, active.message, active.trace, args, kwargs)
+            if reason is None:
+                raise
+            raise reason from error
 
 
 def _explain(

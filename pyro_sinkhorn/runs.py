@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pyro.distributions as dist
 import torch
-from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_struct import Trace
@@ -22,7 +21,7 @@ from torch.distributions import transform_to
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_sinkhorn.errors import ProgramError
-from pyro_sinkhorn.explain import explained
+from pyro_sinkhorn.explain import Recorder, explained
 from pyro_sinkhorn.structure import innermost, is_data, is_latent, parameters_of, sample_sites
 
 #: Runs of a model whose prior draws numbers that are none.
@@ -33,26 +32,23 @@ class _Stop(Exception):
     """Raised after the last site of interest to leave the model."""
 
 
-class _StopAfter(Messenger):
-    def __init__(self, names: Iterable[str]) -> None:
-        super().__init__()
-        self.remaining = set(names)
+class _Auxiliary(Recorder):
+    """All that makes a run an auxiliary one: hidden from handlers outside, with given values, stopped early.
 
-    def _pyro_post_sample(self, msg: Any) -> None:
-        if msg["name"] in self.remaining:
-            self.remaining.discard(msg["name"])
-            if not self.remaining:
-                raise _Stop
+    :param values: for sample sites and plates' sub-samples. What has no law to draw from gets a feasible value
+    :param stop_after: sites after the last of which :class:`_Stop` is raised; none for a run to the end
+    """
 
-
-class _Substitute(Messenger):
-    """Give sample sites, plates' sub-samples included, fixed values; what has no law to draw from, a feasible one."""
-
-    def __init__(self, values: dict[str, Tensor]) -> None:
+    def __init__(self, values: dict[str, Tensor], stop_after: Iterable[str]) -> None:
         super().__init__()
         self.values = values
+        self.remaining = set(stop_after)
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _process_message(self, msg: Any) -> None:
+        msg["stop"] = True
+        if msg["type"] != "sample":
+            return
+        self.message = msg
         if msg["name"] in self.values and not msg["is_observed"]:
             msg["value"] = self.values[msg["name"]]
             msg["done"] = True
@@ -62,6 +58,13 @@ class _Substitute(Messenger):
             shape = to_support.inverse_shape(msg["fn"].batch_shape + msg["fn"].event_shape)
             msg["value"] = to_support(torch.zeros(shape))
             msg["done"] = True
+
+    def _postprocess_message(self, msg: Any) -> None:
+        super()._postprocess_message(msg)
+        if msg["type"] == "sample" and msg["name"] in self.remaining:
+            self.remaining.discard(msg["name"])
+            if not self.remaining:
+                raise _Stop
 
 
 class Resample(Messenger):
@@ -159,21 +162,15 @@ def _run_once(
     names: set[str],
     grad: bool,
 ) -> Trace:
-    with poutine.block(), preserved_buffers(), torch.set_grad_enabled(grad and torch.is_grad_enabled()):
-        with (
-            poutine.trace() as tracer,
-            _Substitute(values),
-            explained("model", tracer.trace, args, kwargs),
-        ):
-            try:
-                if names:
-                    with _StopAfter(names):
-                        model(*args, **kwargs)
-                else:
-                    model(*args, **kwargs)
-            except _Stop:
-                pass
-        return tracer.trace
+    recorder = _Auxiliary(values, names)
+    with (
+        preserved_buffers(),
+        torch.set_grad_enabled(grad and torch.is_grad_enabled()),
+        explained("model", args, kwargs, recorder),
+        suppress(_Stop),
+    ):
+        model(*args, **kwargs)
+    return recorder.trace
 
 
 def check_appeared(trace: Trace, names: Iterable[str], known: Iterable[str] = ()) -> None:

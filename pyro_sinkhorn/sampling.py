@@ -16,7 +16,7 @@ from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
 
 from pyro_sinkhorn.errors import NonFiniteError, ProgramError, checked_integer
-from pyro_sinkhorn.explain import bad_rows, explained, spoken, tensors_of
+from pyro_sinkhorn.explain import Recorder, bad_rows, explained, spoken, tensors_of
 from pyro_sinkhorn.guide.lazy import LazyGuide
 from pyro_sinkhorn.losses.side_by_side import DRAWS_OF_GUIDE, ROWS_AT_ONCE, draws_in_plate, vectorises
 from pyro_sinkhorn.runs import run_model
@@ -88,7 +88,7 @@ def program_draws(
     """
     num_samples = checked_integer("num_samples", num_samples, 1)
     unconditioned = poutine.block(_FreeData()(model), hide_fn=_is_factor)
-    with explained("model", Trace(), args, kwargs):
+    with explained("model", args, kwargs, Recorder(keep=False)):
         return dict(Predictive(unconditioned, given, num_samples=num_samples)(*args, **kwargs))
 
 

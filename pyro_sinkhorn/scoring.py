@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.infer.util import is_validation_enabled
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_struct import Trace
 from pyro.util import check_site_shape
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from pyro_sinkhorn.distributions.implicit import Implicit
 from pyro_sinkhorn.errors import NonFiniteError, ProgramError
-from pyro_sinkhorn.explain import explained
+from pyro_sinkhorn.explain import Recorder, explained
 from pyro_sinkhorn.structure import (
     Site,
     Structure,
@@ -161,9 +160,9 @@ def scored_sites(trace: Trace) -> set[str]:
 
 def run_guide(guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
     """Trace the guide; errors as in :mod:`pyro_sinkhorn.explain`."""
-    with poutine.trace() as tracer, explained("guide", tracer.trace, args, kwargs):
+    with explained("guide", args, kwargs) as recorder:
         guide(*args, **kwargs)
-    return tracer.trace
+    return recorder.trace
 
 
 def run_scored(model: Any, guide: Trace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
@@ -171,12 +170,12 @@ def run_scored(model: Any, guide: Trace, args: tuple[Any, ...], kwargs: dict[str
 
     :raises ProgramError: the guide's value of a site has another shape than the model's
     """
-    with poutine.trace() as tracer, explained("model", tracer.trace, args, kwargs), _CheckShapes(guide):
+    with explained("model", args, kwargs, _CheckShapes(guide)) as recorder:
         poutine.replay(model, trace=guide)(*args, **kwargs)
-    return tracer.trace
+    return recorder.trace
 
 
-class _CheckShapes(Messenger):
+class _CheckShapes(Recorder):
     """Refuse a guide's value of the wrong shape at its site, before it breaks a network further down."""
 
     def __init__(self, guide: Trace) -> None:
@@ -184,6 +183,7 @@ class _CheckShapes(Messenger):
         self.guide = guide
 
     def _pyro_post_sample(self, msg: Any) -> None:
+        super()._pyro_post_sample(msg)
         if msg["name"] in self.guide.nodes and not (msg["is_observed"] or isinstance(msg["fn"], _Subsample)):
             check_latent_shape(msg, msg["value"])
 
@@ -229,7 +229,9 @@ def number_of_data(model: Trace, structure: Structure) -> float:
     """Data that the trace stands for: slices of the outermost data plate times the scale of its observed site."""
     plate = structure.data_plates[0]
     site = next(model.nodes[name] for name in structure.data if plate in plates_of(model.nodes[name]))
-    return plate.size * float(torch.as_tensor(site["scale"], dtype=torch.float64).mean()) or 1.0
+    scale = site["scale"]
+    number = float(scale.double().mean()) if isinstance(scale, Tensor) else float(scale)
+    return plate.size * number or 1.0
 
 
 def blame(model: Trace, guide: Trace, structure: Structure) -> NonFiniteError | None:

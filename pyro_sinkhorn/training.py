@@ -240,7 +240,12 @@ def _refuse_minibatches(model: Callable[..., Any], batches: Minibatches, loss: A
 
 
 def step(
-    loss: Any, model: Callable[..., Any], guide: Callable[..., Any], optim: PyroOptim, args: Any, kwargs: Any
+    loss: Any,
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    optim: Callable[[list[Tensor]], Any],
+    args: Any,
+    kwargs: Any,
 ) -> float:
     """One step, as ``SVI.step``; an error, or a gradient that is not finite, leaves parameters and gradients alone.
 
@@ -292,6 +297,7 @@ class Trainer:
         modules: list[nn.Module],
     ) -> None:
         self.loss, self.optim, self.batches, self.modules = loss, optim, batches, modules
+        self.update = optimiser.Together(optim)
         _wake(guide, batches)
         scale = data_scale(model, batches)
         if scale is not None and getattr(loss, "whole_data_sets", False):
@@ -317,7 +323,7 @@ class Trainer:
                 if ours:
                     self.loss.before_step(self.model, self.guide, self.batches.draw)
                 args, kwargs = self.batches.draw()
-                value = step(self.loss, self.model, self.guide, self.optim, args, kwargs)
+                value = step(self.loss, self.model, self.guide, self.update, args, kwargs)
         except NonFiniteError as error:
             message = f"step {number}: {error}. The program keeps the state of the step before"
             raise NonFiniteError(message) from error

@@ -132,11 +132,47 @@ def lost_mass(fn: Any, values: Tensor) -> float:
     return max(0.0, 1 - float(fn.log_prob(states).logsumexp(0).exp().min()))
 
 
-@torch.no_grad()
 def _largest(fn: Any) -> int:
     """The smallest of 3, 7, 15, ... that a coordinate exceeds with probability at most ``LOST_MASS``, or the last column."""
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
+    key = _law(fn)
+    if key is None:
+        return _found_largest(fn)
+    if key not in _LARGEST:
+        if len(_LARGEST) >= 256:
+            _LARGEST.clear()
+        _LARGEST[key] = _found_largest(fn)
+    return _LARGEST[key]
+
+
+#: Of laws that were seen before: every run of a program makes its priors anew.
+_LARGEST: dict[tuple[Any, ...], int] = {}
+
+
+def _law(fn: Any) -> tuple[Any, ...] | None:
+    """Type and parameters of a distribution of Pyro or torch, in numbers that it holds once; None where they are many.
+
+    Those of a program mostly are a few, which a plate expands.
+    """
+    kind = type(fn)
+    if not kind.__module__.startswith(("pyro.distributions.", "torch.distributions.")):
+        return None
+    law: list[Any] = [kind, torch.get_default_dtype()]
+    for name in fn.arg_constraints:
+        parameter = fn.__dict__.get(name)
+        if isinstance(parameter, Tensor):
+            own = parameter[
+                tuple(slice(None, 1) if stride == 0 else slice(None) for stride in parameter.stride())
+            ]
+            if own.numel() > COUNT_COLUMNS:
+                return None
+            law.append((name, parameter.dtype, tuple(own.shape), *own.flatten().tolist()))
+    return tuple(law) if len(law) > 2 else None
+
+
+@torch.no_grad()
+def _found_largest(fn: Any) -> int:
     largest = 3
     while largest < COUNT_COLUMNS - 1 and lost_mass(fn, torch.arange(largest + 1.0)) > LOST_MASS:
         largest = 2 * largest + 1

@@ -81,6 +81,15 @@ def geometry_of(fn: Any, site: str | None = None) -> Geometry:
     raise ValueError(_unknown(fn, constraint, site))
 
 
+def geometry_at(site: dict[str, Any]) -> Geometry:
+    """:func:`geometry_of` the distribution of a site of a trace, looked up once: of counts it sums probabilities."""
+    fn, found = site["fn"], site.get("_geometry")
+    if found is None or found[0] is not fn:
+        found = site["_geometry"] = (fn, geometry_of(fn, site["name"]))
+    geometry: Geometry = found[1]
+    return geometry
+
+
 def base_support(fn: Any) -> Any:
     """The constraint under ``constraints.independent``."""
     constraint = fn.support

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -93,7 +93,7 @@ class AutoImplicit(LazyGuide):
             raise ProgramError(f"discrete is {discrete!r}: expected one of {sorted(DISCRETE)}")
         if not temperature > 0:
             raise ProgramError(f"temperature is {temperature}: expected a positive number")
-        self.encoder = encoder
+        self.encoder, self._encoder_given = encoder, encoder is not None
         self._encoder_input = encoder_input
         self._noise_dim = noise_dim
         self._hidden = hidden
@@ -138,19 +138,29 @@ class AutoImplicit(LazyGuide):
                 self.model, args, kwargs, values=values | indices, stop_after=structure.latents, grad=True
             )
         coarse_code: list[tuple[tuple[Plate, ...], Tensor]] = []
+        # Once a call: every access to a network of a PyroModule states all of its parameters to Pyro.
+        encoders, heads, state_heads = self._networks() if structure.groups else ([], [], [])
         for i, group in enumerate(structure.groups):
             current = tuple(plates[plate.name] for plate in group.plates)
             laid_out = current if shown is None else (shown.plate, *current)
-            code = self._encode(i, group, laid_out, inputs, coarse_code, args, kwargs)
+            code = self._encode(encoders[i], group, laid_out, inputs, coarse_code, args, kwargs)
             coarse_code.append((laid_out, code))
-            recipe = self._recipe(i, group)
+            recipe = self._recipe(i, group, heads[i], state_heads[i], bool(structure.globals))
             recipe.sample(current, code, prior, contexts, done)
             for name, head in recipe.state_heads.items():
                 self.lost_mass |= mass_beyond(name, prior.nodes[name]["fn"], head.values, self._warned)
         return values
 
-    def _recipe(self, i: int, group: Group) -> Recipe:
-        head, made = self.heads[i], cast(nn.ModuleDict, self.state_heads[i])
+    def _networks(self) -> tuple[Sequence[nn.Module], Sequence[nn.Module], Sequence[nn.Module]]:
+        """Encoders, heads and heads of discrete sites, one of each for every group."""
+        encoders = [cast(nn.Module, self.encoder)] if self._encoder_given else self.encoders
+        heads, state_heads = list(self.heads), list(self.state_heads)
+        return list(encoders) * (len(heads) if self._encoder_given else 1), heads, state_heads
+
+    def _recipe(
+        self, i: int, group: Group, head: nn.Module, state_heads: nn.Module, below_globals: bool
+    ) -> Recipe:
+        made = cast(nn.ModuleDict, state_heads)
         return Recipe(
             group,
             head if isinstance(head, NoiseHead) else None,
@@ -159,12 +169,12 @@ class AutoImplicit(LazyGuide):
             f"{self._pyro_name}_noise_{i}",
             self._relative,
             self._temperature,
-            below_globals=bool(self.global_guides),
+            below_globals,
         )
 
     def _encode(
         self,
-        i: int,
+        encoder: nn.Module,
         group: Group,
         plates: tuple[Plate, ...],
         inputs: Readings,
@@ -173,15 +183,14 @@ class AutoImplicit(LazyGuide):
         kwargs: Any,
     ) -> Tensor:
         """Code of every slice of a group, laid out like the plates: ``(*plate_shape, width)``."""
-        if self.encoder is not None:
-            return self._encode_by_user(group, plates, inputs, args, kwargs)
+        if self._encoder_given:
+            return self._encode_by_user(encoder, group, plates, inputs, args, kwargs)
         if self._encoder_input is not None:
             features = rows_of(self._encoder_input(*args, **kwargs), plates, group.name)
         else:
             features = features_of(self._observed, inputs, plates)
         # A nested group sees what the groups around it saw: the document of the word.
         around = [c for outer, c in coarse if {p.name for p in outer} < {p.name for p in plates}]
-        encoder = self.encoders[i]
         assert isinstance(encoder, DefaultEncoder)
         seen = encoder.standardise.loc
         features = features.to(seen)
@@ -198,14 +207,19 @@ class AutoImplicit(LazyGuide):
         return code
 
     def _encode_by_user(
-        self, group: Group, plates: tuple[Plate, ...], inputs: Readings, args: Any, kwargs: Any
+        self,
+        encoder: nn.Module,
+        group: Group,
+        plates: tuple[Plate, ...],
+        inputs: Readings,
+        args: Any,
+        kwargs: Any,
     ) -> Tensor:
         read = inputs.for_encoder(self._observed)
         if self._encoder_input is not None:
             read = self._encoder_input(*args, **kwargs)
-        assert self.encoder is not None
-        check_device(self.encoder, read)
-        code = self.encoder(read)
+        check_device(encoder, read)
+        code = encoder(read)
         sizes = tuple(plate.size for plate in plates)
         if not isinstance(code, Tensor) or code.dim() < 2 or math.prod(code.shape[:-1]) != math.prod(sizes):
             got = tuple(code.shape) if isinstance(code, Tensor) else type(code).__name__
@@ -270,7 +284,7 @@ class AutoImplicit(LazyGuide):
         args: Any,
         kwargs: Any,
     ) -> None:
-        if self.encoder is None:
+        if not self._encoder_given:
             if self._encoder_input is not None:
                 features = rows_of(self._encoder_input(*args, **kwargs), group.plates, group.name)
             else:
@@ -282,7 +296,8 @@ class AutoImplicit(LazyGuide):
             encoder.standardise.fit(features.flatten(0, -2))
             self.encoders.append(encoder)
         with preserved_buffers():
-            code = self._encode(i, group, group.plates, inputs, coarse, args, kwargs)
+            read_by = cast(nn.Module, self.encoder if self._encoder_given else self.encoders[i])
+            code = self._encode(read_by, group, group.plates, inputs, coarse, args, kwargs)
         coarse.append((group.plates, code))
         pending = self._pending_state or {}
         prefix, suffix = f"state_heads.{i}.", ".values"

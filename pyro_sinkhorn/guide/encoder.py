@@ -113,8 +113,10 @@ def joined(*tensors: Tensor) -> Tensor:
     """Side by side along the last dimension, after broadcasting all others."""
     if len(tensors) == 1:
         return tensors[0]
-    shape = torch.broadcast_shapes(*(tensor.shape[:-1] for tensor in tensors))
-    return torch.cat([tensor.expand(*shape, tensor.shape[-1]) for tensor in tensors], -1)
+    if any(tensor.shape[:-1] != tensors[0].shape[:-1] for tensor in tensors):
+        shape = torch.broadcast_shapes(*(tensor.shape[:-1] for tensor in tensors))
+        tensors = tuple(tensor.expand(*shape, tensor.shape[-1]) for tensor in tensors)
+    return torch.cat(tensors, -1)
 
 
 def check_device(module: nn.Module, read: Any) -> None:

@@ -18,7 +18,7 @@ from pyro_sinkhorn.distributions.implicit import Implicit
 from pyro_sinkhorn.errors import NonFiniteError
 from pyro_sinkhorn.geometry.base import Geometry
 from pyro_sinkhorn.geometry.discrete import Discrete
-from pyro_sinkhorn.geometry.registry import geometry_of
+from pyro_sinkhorn.geometry.registry import geometry_at
 from pyro_sinkhorn.guide.encoder import joined
 from pyro_sinkhorn.guide.layout import place_extra_plates
 from pyro_sinkhorn.guide.shown import Moments
@@ -79,7 +79,7 @@ class Recipe:
                 # Without an enumerating handler around, the mark does nothing and a state is drawn.
                 value = pyro.sample(name, states, infer={"enumerate": "parallel"})
                 done.values[name] = value
-                done.states.append((plates, geometry_of(fn, name).embed(value).to(code)))
+                done.states.append((plates, geometry_at(prior.nodes[name]).embed(value).to(code)))
             if self.head is not None:
                 self._sample_continuous(plates, joined(code, *done.known(plates)), prior, contexts, done)
 
@@ -89,7 +89,8 @@ class Recipe:
         assert self.head is not None
         noise = None
         if self.noise_dim:
-            unit = dist.Normal(code.new_zeros(()), code.new_ones(())).expand([self.noise_dim]).to_event(1)
+            unit = dist.Normal(code.new_zeros(()), code.new_ones(()), validate_args=False)
+            unit = unit.expand([self.noise_dim]).to_event(1)
             # A sample site, so that plates and vectorised particles each get their own.
             noise = pyro.sample(self.noise_name, unit, infer={"is_auxiliary": True})
         raw = self.head(code, noise)
@@ -100,7 +101,7 @@ class Recipe:
                 continue
             fn, stack = prior.nodes[name]["fn"], plates_of(prior.nodes[name])
             extra = [plate for plate in stack if plate.name not in names]
-            geometry = geometry_of(fn, name)
+            geometry = geometry_at(prior.nodes[name])
             n_raw = num_outputs(geometry) * math.prod(plate.size for plate in extra)
             part = place_extra_plates(raw[..., column : column + n_raw], extra)
             column += n_raw

@@ -23,9 +23,18 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_sinkhorn.errors import NonFiniteError, ProgramError
-from pyro_sinkhorn.geometry.registry import geometry_of
+from pyro_sinkhorn.geometry.registry import geometry_at
 from pyro_sinkhorn.losses.states import JointStates
-from pyro_sinkhorn.structure import PARTICLE_PLATE, Group, Plate, Site, parameters_of, plates_of, present_of
+from pyro_sinkhorn.structure import (
+    PARTICLE_PLATE,
+    Group,
+    Plate,
+    Site,
+    masks_of,
+    parameters_of,
+    plates_of,
+    present_of,
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,11 @@ class CloudStates:
 def slices(trace: Trace, group: Group) -> tuple[Tensor, float]:
     """Weight of each slice of the group (scale, or 0 if masked), ``(n,)``, and the number of data they stand for."""
     n = math.prod(plate.size for plate in group.plates)
+    if all(_scaled_alike(trace.nodes[name]) for name in group.sites):
+        scale = min(trace.nodes[name]["scale"] for name in group.sites)
+        weight = torch.full((1,), float(scale), device=trace.nodes[group.sites[0]]["value"].device)
+        # One number seen n times, which a cloud recognises; its sum as that of any weights.
+        return weight.expand(n), float(weight.repeat(n).sum())
     scales, masks = [], []
     for name in group.sites:
         site = trace.nodes[name]
@@ -73,9 +87,14 @@ def slices(trace: Trace, group: Group) -> tuple[Tensor, float]:
     return total, float(total.sum())
 
 
+def _scaled_alike(site: Site) -> bool:
+    """Whether all slices of a site count alike: nothing masks them, and their scale is a number."""
+    return isinstance(site["scale"], (int, float)) and next(masks_of(site), None) is None
+
+
 def blanked(laid_out: Tensor, site: Site, plates: tuple[Plate, ...], blank: Tensor | None) -> Tensor:
     """Rows ``(particles, n, ..., e)`` of a site with ``blank``, ``(e,)``, in place of what is masked."""
-    counts = _counts(site, plates)
+    counts = None if blank is None else _counts(site, plates)
     if counts is None or blank is None:
         return laid_out
     counts = counts.repeat_interleave(laid_out.shape[-1] // counts.shape[-1], -1)
@@ -117,7 +136,7 @@ def embedded(
     :raises NonFiniteError: a value is NaN or infinite
     """
     site = trace.nodes[name]
-    columns = columns or geometry_of(site["fn"], name).embed
+    columns = columns or geometry_at(site).embed
     value = site["value"]
     if not bool(value.isfinite().all()):
         bad = int((~value.isfinite()).sum())
@@ -168,7 +187,12 @@ def varying_parameters(constant: Trace, group: Group) -> Tensor | None:
         site = constant.nodes[name]
         for parameter, dims in parameters_of(site["fn"]):
             batch = parameter.shape[: max(parameter.dim() - dims, 0)]
-            if all(-plate.dim > len(batch) or batch[plate.dim] == 1 for plate in group.plates):
+            strides = parameter.stride()[: len(batch)]
+            # A parameter that the plate has expanded holds one number for all slices.
+            if all(
+                -plate.dim > len(batch) or batch[plate.dim] == 1 or strides[plate.dim] == 0
+                for plate in group.plates
+            ):
                 continue
             columns = parameter.detach().reshape(*batch, -1)
             laid_out = rows(columns, particles_of(site), group.plates)
@@ -188,13 +212,15 @@ def make_cloud(points: Tensor, weights: Tensor, group: Group, states: CloudState
         # The outermost plate's slice: words of one document are not independent of each other.
         inner = math.prod(plate.size for plate in group.plates[1:])
         units = torch.arange(group.plates[0].size, device=points.device).repeat_interleave(inner)
-    keep = weights > 0
+    alike = weights.stride() == (0,)
+    keep = weights[:1] > 0 if alike else weights > 0
     if not bool(keep.all()):
+        keep = keep.expand(len(weights))
         points, weights = points[:, keep], weights[keep]
         units = None if units is None else units[keep]
         if states is not None:
             states = CloudStates(states.points[:, keep], states.probabilities[:, keep])
-    equal = bool((weights == weights[0]).all())
+    equal = alike or bool((weights == weights[0]).all())
     ragged = units is not None and len(units.unique(return_counts=True)[1].unique()) > 1
     return Cloud(
         points, units, None if equal else weights.to(points.dtype), states, paired=ragged or not equal

@@ -12,7 +12,7 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_sinkhorn.geometry.registry import geometry_of
+from pyro_sinkhorn.geometry.registry import geometry_at
 from pyro_sinkhorn.losses.cliques import Clique
 from pyro_sinkhorn.losses.clouds import blanked, embedded, varying_parameters
 from pyro_sinkhorn.losses.matching import MatchState, mean_cost
@@ -40,7 +40,7 @@ class Coordinates:
 
         def own(name: str) -> SiteCost | None:
             site = prior.nodes[name]
-            return None if whole else site_cost(name, site, geometry_of(site["fn"], name), given)
+            return None if whole else site_cost(name, site, geometry_at(site), given)
 
         return {name: own(name) for name in clique.sites}
 
@@ -61,7 +61,7 @@ class Coordinates:
             if cost is None or cost.in_units:
                 unit, centre = self.state.units[name], self.state.units.get(centre_of(name))
                 rows = rows if centre is None else rows - centre.to(rows)
-                geometry = geometry_of(trace.nodes[name]["fn"], name)
+                geometry = geometry_at(trace.nodes[name])
                 rows = geometry.finish(rows / unit.to(rows), heavy=centre is not None)
             blank = self.state.units.get(blank_of(name))
             columns.append(blanked(rows, trace.nodes[name], clique.group.plates, blank))
@@ -122,7 +122,7 @@ class Coordinates:
                     continue
                 lay_out = functools.partial(embedded, name=name, plates=plates)
                 pooled = reference_rows(draws.again(), first, lay_out)
-                geometry = geometry_of(first.nodes[name]["fn"], name)
+                geometry = geometry_at(first.nodes[name])
                 unit, centre = geometry.unit(pooled), geometry.tails(pooled)
                 # One number for all columns would weigh a site in a plate inside the datum as if there were one of it.
                 copies = math.prod(p.size for p in plates_of(first.nodes[name]) if p not in plates)

@@ -79,7 +79,7 @@ class LatentMatch:
     def __init__(
         self, options: MatchOptions, grouping: Grouping = "joint", num_prior_batches: int = 1
     ) -> None:
-        self.options = options
+        self.options = self._options_at = options  # the second with the cost of the last comparison
         self.grouping = grouping
         self.num_prior_batches = num_prior_batches
         self.coordinates_of_prior = Coordinates(options.cost)
@@ -113,7 +113,9 @@ class LatentMatch:
         self, x: Cloud, y: Cloud, mean: Tensor, group: str, paired: bool, cost: Cost = "sqeuclidean"
     ) -> Tensor:
         """Normalised divergence between two clouds, one value a particle; a subclass may compare otherwise."""
-        options = dataclasses.replace(self.options, cost=cost)
+        if cost is not self._options_at.cost:
+            self._options_at = dataclasses.replace(self.options, cost=cost)
+        options = self._options_at
         label = f"latent group ({group})"
         return match(x, y, mean, options, group=label, paired=paired, warned=self._warned)
 
@@ -190,7 +192,8 @@ class LatentMatch:
             return torch.cat([points, beside.expand(*points.shape[:-1], -1)], -1)
 
         def cloud(trace: Trace, states: CloudStates | None = None) -> Cloud:
-            points = with_features(torch.cat(found.columns(trace, clique, own), -1))
+            columns = found.columns(trace, clique, own)
+            points = with_features(columns[0] if len(columns) == 1 else torch.cat(columns, -1))
             return gather(make_cloud(points, weights, clique.group, states))
 
         states = None
@@ -228,11 +231,15 @@ class LatentMatch:
     def _values(self, batch: list[_Comparison]) -> dict[str, Tensor]:
         """Mean divergence of every comparison of a batch: cliques lie side by side where else only particles do."""
         first = batch[0]
+        if len(batch) == 1:
+            compared = [
+                self.divergence(first.x, y, first.mean, first.clique.name, first.paired, first.cost).mean()
+                for y in first.y
+            ]
+            return {first.clique.name: torch.stack(compared).mean()}
         n_particles = len(first.x.points)
         mean = torch.stack([one.mean for one in batch]).repeat_interleave(n_particles)
-        if len(batch) == 1:
-            mean = first.mean
-        label = first.clique.name if len(batch) == 1 else f"{first.clique.name} to {batch[-1].clique.name}"
+        label = f"{first.clique.name} to {batch[-1].clique.name}"
         x = dataclasses.replace(first.x, points=torch.cat([one.x.points for one in batch]))
         values = []
         for clouds in zip(*(one.y for one in batch), strict=True):

@@ -63,9 +63,9 @@ class Simulation:
 
 def run_simulated(model: Any, guide: Trace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
     """Trace the model with its observed sites drawn, and the guide's latents; errors as in ``explain``."""
-    with poutine.trace() as tracer, explained("model", tracer.trace, args, kwargs), Resample():
+    with explained("model", args, kwargs) as recorder, Resample():
         poutine.replay(model, trace=guide)(*args, **kwargs)
-    return tracer.trace
+    return recorder.trace
 
 
 def simulation_of(

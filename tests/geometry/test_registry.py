@@ -9,7 +9,17 @@ from pyro.infer import SVI
 
 import pyro_sinkhorn
 from pyro_sinkhorn import AutoImplicit, Trace_Sinkhorn, register_geometry
-from pyro_sinkhorn.geometry import Circle, Geometry, HalfLine, Interval, Real, Simplex, geometry_of, registry
+from pyro_sinkhorn.geometry import (
+    Circle,
+    Geometry,
+    HalfLine,
+    Interval,
+    Real,
+    Simplex,
+    discrete,
+    geometry_of,
+    registry,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -190,3 +200,49 @@ def test_a_registered_geometry_is_what_the_guide_and_the_match_use():
 
     z = AutoImplicit(program)(torch.rand(5, 3))["z"]
     assert torch.allclose(z, torch.eye(3)[0].expand(5, 3))
+
+
+def test_a_site_is_looked_up_once_unless_its_distribution_changes(monkeypatch):
+    asked = []
+    monkeypatch.setattr(registry, "geometry_of", lambda fn, name: asked.append(fn) or geometry_of(fn, name))
+    site = {"name": "z", "fn": dist.Gamma(1.0, 1.0)}
+    first = registry.geometry_at(site)
+    assert registry.geometry_at(site) is first and isinstance(first, HalfLine) and len(asked) == 1
+    site["fn"] = dist.Normal(0.0, 1.0)
+    assert isinstance(registry.geometry_at(site), Real) and len(asked) == 2
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda rate: dist.Poisson(rate).expand([50]),
+        lambda rate: dist.Poisson(torch.stack([rate, 9 * rate])).expand([50, 2]).to_event(1),
+        lambda rate: dist.NegativeBinomial(rate, torch.tensor(0.6)).expand([50]),
+        lambda rate: dist.GammaPoisson(rate, torch.tensor(0.5)).expand([50]),
+        lambda rate: dist.Poisson(rate + torch.arange(100.0) / 30),
+    ],
+    ids=["one rate", "one a coordinate", "two parameters", "inside another", "one a datum"],
+)
+def test_the_range_of_a_count_follows_its_rate(make, monkeypatch):
+    found = [geometry_of(make(torch.tensor(rate))).largest for rate in (0.1, 4.0, 0.1, 4.0)]
+    monkeypatch.setattr(discrete, "_law", lambda fn: None)
+    anew = [geometry_of(make(torch.tensor(rate))).largest for rate in (0.1, 4.0, 0.1, 4.0)]
+    assert found == anew and anew[0] < anew[1]
+
+
+def test_a_rate_changed_in_place_is_seen():
+    rate = torch.tensor(0.1)
+    fn = dist.Poisson(rate)
+    low = geometry_of(fn).largest
+    rate.fill_(9.0)
+    assert geometry_of(fn).largest > low
+
+
+def test_the_range_of_one_rate_is_summed_once(monkeypatch):
+    asked = []
+    search = discrete._found_largest
+    monkeypatch.setattr(discrete, "_found_largest", lambda fn: asked.append(fn) or search(fn))
+    monkeypatch.setattr(discrete, "_LARGEST", {})
+    for _ in range(3):
+        geometry_of(dist.Poisson(torch.tensor(2.0)).expand([50]))
+    assert len(asked) == 1

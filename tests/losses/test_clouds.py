@@ -596,3 +596,40 @@ def test_the_guide_made_automatically_is_matched_like_any_other():
             parameter.zero_()
         head.direct.weight[:, -2:] = torch.eye(2)
     assert abs(z_score(evaluate(model, guide, x))) < 5
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3, 7])
+def test_slices_that_count_alike_weigh_as_those_that_are_laid_out(scale):
+    def traced(scale):
+        def model(x):
+            with pyro.plate("data", len(x)), poutine.scale(scale=scale):
+                z = pyro.sample("z", normal())
+                pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+        return poutine.trace(model).get_trace(torch.zeros(6, 4))
+
+    short, laid_out = traced(scale), traced(torch.full((6,), float(scale)))
+    group = structure_of(short).groups[0]
+    (one, n_one), (all_, n_all) = slices(short, group), slices(laid_out, group)
+    assert torch.equal(one, all_) and n_one == n_all
+    points = torch.randn(1, 6, 4)
+    assert make_cloud(points, one, group).weights is make_cloud(points, all_, group).weights is None
+
+
+def test_a_parameter_that_a_plate_expanded_is_no_covariate_and_a_laid_out_one_is():
+    def model(x, loc):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    x = torch.zeros(6, 4)
+    steps = torch.arange(6.0).unsqueeze(-1).expand(6, 4)
+    for loc, varies in (
+        (torch.zeros(4).expand(6, 4), False),
+        (torch.zeros(6, 4), False),
+        (steps, True),
+        (steps[:, :1] + torch.zeros(4), True),
+    ):
+        trace = poutine.trace(model).get_trace(x, loc)
+        found = varying_parameters(trace, structure_of(trace).groups[0])
+        assert (found is not None) == varies
