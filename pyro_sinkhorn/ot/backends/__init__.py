@@ -4,7 +4,8 @@
 name           method                                                              for
 =============  ==================================================================  =============================
 ``"auto"``     one of those below, by size, device and cost                        everything
-``"dense"``    scalings of a matrix made once, Anderson mixing                     any cost, up to a few thousand points
+``"dense"``    scalings of a matrix made once, Anderson mixing                     any cost, while the matrices fit
+``"streaming"``  the same, tiles of the matrix made again in every iteration        squared distances of large clouds
 ``"log"``      Sinkhorn's algorithm in the log domain                              the reference: slow, hard to upset
 =============  ==================================================================  =============================
 """
@@ -17,18 +18,25 @@ import torch
 
 from pyro_sinkhorn.ot.backends.dense import solve_dense
 from pyro_sinkhorn.ot.backends.log_domain import solve_log_domain
+from pyro_sinkhorn.ot.backends.streaming import solve_streaming
 from pyro_sinkhorn.ot.problem import Problem, Solution
 
 Backend = Callable[[Problem], Solution]
 
 #: Backends by name. *How* one executes a batch is its own affair; what it returns is a solution.
-BACKENDS: dict[str, Backend] = {"log": solve_log_domain, "dense": solve_dense}
+BACKENDS: dict[str, Backend] = {"log": solve_log_domain, "dense": solve_dense, "streaming": solve_streaming}
+
+#: Bytes of matrices above which ``"auto"`` takes tiles instead, for costs that have them.
+DENSE_BYTES = 2**30
 
 
 def choose(problem: Problem) -> str:
     """The name of the backend that ``"auto"`` stands for."""
     if problem.x.dtype not in (torch.float32, torch.float64):
         return "log"
+    matrices = problem.a.numel() * problem.b.shape[-1] * problem.x.element_size()
+    if matrices > DENSE_BYTES and problem.cost == "sqeuclidean":
+        return "streaming"
     return "dense"
 
 

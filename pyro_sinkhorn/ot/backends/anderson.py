@@ -8,8 +8,17 @@ the plain iterations.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+#: An error this many times the best of its problem means that the steps have gone astray: they begin anew. Less often is
+#: better: in small problems the error goes up and down by factors of ten on its way.
+ASTRAY = 100.0
+
+#: After so many iterations without progress, as many are plain steps, which cannot go astray.
+PATIENCE = 50
 
 
 class Anderson:
@@ -55,3 +64,31 @@ class Anderson:
         gram.diagonal(dim1=-2, dim2=-1).mul_(1 + self._ridge)
         solved, _ = torch.linalg.solve_ex(gram, self._ones[:, :k])
         return torch.bmm(solved.mT, self._targets[:, :k]).squeeze(1).div_(solved.sum(-2))
+
+
+class Progress:
+    """Watches the errors of a batch, and says when mixing must begin anew and when it must pause."""
+
+    def __init__(self) -> None:
+        self._best: Tensor | None = None
+        self._best_worst, self._best_iteration, self._plain_until = math.inf, 0, 0
+
+    def forget(self, iteration: int) -> None:
+        """The problems were set up anew."""
+        self._best, self._best_worst, self._best_iteration = None, math.inf, iteration
+
+    def see(self, error: Tensor, worst: float, iteration: int) -> tuple[Tensor | None, bool]:
+        """Problems to restart, booleans ``(B,)`` or None for none, and whether the step is to be plain.
+
+        :param error: of each problem, ``(B,)``; ``worst`` is their largest
+        """
+        restart = None
+        if worst > ASTRAY * self._best_worst and self._best is not None:
+            restart = error > ASTRAY * self._best
+            self._best, self._best_worst = self._best.where(~restart, torch.inf), math.inf
+        self._best = error if self._best is None else torch.minimum(self._best, error)
+        if worst < self._best_worst:
+            self._best_worst, self._best_iteration = worst, iteration
+        elif iteration - self._best_iteration > PATIENCE:
+            self._best_iteration, self._plain_until = iteration, iteration + PATIENCE
+        return restart, iteration < self._plain_until

@@ -26,7 +26,7 @@ import math
 import torch
 from torch import Tensor
 
-from pyro_sinkhorn.ot.backends.anderson import Anderson
+from pyro_sinkhorn.ot.backends.anderson import Anderson, Progress
 from pyro_sinkhorn.ot.backends.exponents import LOG2E, Exponents
 from pyro_sinkhorn.ot.backends.log_domain import solve_log_domain
 from pyro_sinkhorn.ot.backends.scaled_plan import ScaledPlan, times_columns, times_rows
@@ -36,15 +36,8 @@ from pyro_sinkhorn.ot.problem import Problem, Solution
 #: Scalings up to two to this power are multiplied into the matrix as they are; beyond, it is made again.
 RANGE = {torch.float32: 50.0, torch.float64: 400.0}
 
-#: An error this many times the best of its problem means that Anderson's steps have gone astray: they begin anew. Less
-#: often is better: in small problems the error goes up and down by factors of ten on its way.
-ASTRAY = 100.0
-
 #: From this many entries of the matrices on, products of problems that have converged are saved.
 SKIP = 2**17
-
-#: After so many iterations without progress, as many are plain steps, which cannot go astray.
-PATIENCE = 50
 
 
 @torch.no_grad()
@@ -82,9 +75,9 @@ class Scaling:
         a, b, problem = self.a, self.b, self.problem
         mixing, phi, u = Anderson(a), self.phi, torch.ones_like(a)
         columns, rows = torch.empty_like(b), torch.empty_like(a)
-        best, best_worst, best_iteration = torch.full_like(problem.epsilon, torch.inf), math.inf, 0
+        progress = Progress()
         active: list[int] | None = None
-        failures = plain_until = 0
+        failures = 0
         for iteration in range(1, problem.max_iters + 1):
             columns = times_rows(u, self.kernel, active, columns)
             v = b / columns
@@ -102,7 +95,7 @@ class Scaling:
                     return None
                 self.from_log_domain()
                 phi, u, active, mixing = self.phi, torch.ones_like(a), None, Anderson(a)
-                best, best_worst, best_iteration = torch.full_like(best, torch.inf), math.inf, iteration
+                progress.forget(iteration)
                 continue
             if (done or worst > 0.1 or iteration % 8 == 0) and self.out_of_range(phi - self.phi, v.log2()):
                 self.rebuild(phi, self.gamma + self.finite(v.log2()))
@@ -111,17 +104,9 @@ class Scaling:
                     continue
             if done:
                 return self.solution(phi, self.gamma + v.log2(), u, v, error, iteration)
-            restart = None
-            if worst > ASTRAY * best_worst:
-                restart = error > ASTRAY * best
-                best, best_worst = best.where(~restart, torch.inf), math.inf
-            torch.minimum(best, error, out=best)
-            if worst < best_worst:
-                best_worst, best_iteration = worst, iteration
-            elif iteration - best_iteration > PATIENCE:
-                best_iteration, plain_until = iteration, iteration + PATIENCE
+            restart, plain = progress.see(error, worst, iteration)
             step = self.log_residual(sums).neg_()
-            moved = phi + step if iteration < plain_until else mixing.step(phi, step, restart)
+            moved = phi + step if plain else mixing.step(phi, step, restart)
             if self.kernel.numel() > SKIP and len(error) > 1 and problem.tolerance > 0:
                 unsolved = error > problem.tolerance
                 active = unsolved.nonzero().flatten().tolist()
