@@ -180,21 +180,23 @@ def _accelerated(
 ) -> Tensor:
     r"""Zero of a residual :math:`r`, by Anderson's acceleration of :math:`h \leftarrow h + r(h)` (Walker and Ni 2011).
 
-    Ten plain steps first, and again whenever the error has grown tenfold.
+    Ten plain steps first, and again from the best point whenever the error has grown tenfold.
     """
     points: list[Tensor] = []
     residuals: list[Tensor] = []
-    plain, best = 10, torch.inf
+    plain, best, best_point = 10, torch.inf, h
     while True:
         r = residual(h)
         error = r.expm1().abs().mean().item()
         if error <= TOLERANCE:
             return h
-        if not error < torch.inf or time.perf_counter() > deadline:
+        if time.perf_counter() > deadline or (plain > 0 and not error < torch.inf):
             raise NotConverged(f"marginal error {error:.1e}, above {TOLERANCE:.0e}, when the time was up")
-        if error > 10 * best:
-            points, residuals, plain, best = [], [], 10, error
-        best = min(best, error)
+        if plain <= 0 and not error <= 10 * best:
+            h, points, residuals, plain = best_point, [], [], 10
+            continue
+        if error < best:
+            best, best_point = error, h
         points, residuals = [*points[-memory:], h], [*residuals[-memory:], r]
         if plain > 0 or len(points) < 2:
             plain -= 1
