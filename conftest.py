@@ -1,5 +1,6 @@
 """What every test and every doctest starts from, and the tests left out on this machine."""
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,16 @@ import hypothesis
 import pyro
 import pytest
 import torch
+
+# Kernels cannot be imported without Triton, which CUDA builds of torch bring along; pytest looks for doctests in them.
+collect_ignore = (
+    []
+    if importlib.util.find_spec("triton")
+    else [
+        f"pyro_sinkhorn/ot/backends/triton_{name}.py"
+        for name in ("panel", "parts", "products", "small", "tiles", "update")
+    ]
+)
 
 # The examples must be the same in every run, and a busy machine is no failure.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)

@@ -4,11 +4,18 @@ import pytest
 
 from pyro_sinkhorn.ot.backends import BACKENDS
 
+#: Run by test_triton in processes of their own, with Triton's interpreter; not to be looked through for doctests.
+collect_ignore = ["backends/triton_laws.py", "backends/triton_offline.py"]
+
 #: Made for few large problems: laws of averages, which solve thousands of small ones, are slow tests of these.
 LARGE_ONLY = {"streaming"}
 
 
-@pytest.fixture(params=sorted(BACKENDS))
+#: These need a GPU, where their own tests hold them to the reference (tests/gpu; tests/ot/backends without one).
+GPU_ONLY = {"triton", "flash"}
+
+
+@pytest.fixture(params=sorted(BACKENDS.keys() - GPU_ONLY))
 def backend(request):
     return request.param
 

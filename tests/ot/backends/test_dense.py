@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pyro_sinkhorn.ot import sinkhorn
-from pyro_sinkhorn.ot.backends import choose, dense, solve_dense, solve_log_domain
+from pyro_sinkhorn.ot.backends import dense, solve_dense, solve_log_domain
 from pyro_sinkhorn.ot.backends.anderson import Anderson
 from pyro_sinkhorn.ot.backends.exponents import LOG2E, Exponents
 from pyro_sinkhorn.ot.backends.start import gaussian_potentials, starting_potentials
@@ -297,12 +297,6 @@ def test_exponents_are_those_of_the_plan(cost):
     torch.testing.assert_close(exponents(phi, gamma), expected)
     for there, back in zip((phi, gamma), exponents.in_base_2(f, g), strict=True):
         torch.testing.assert_close(back, there)
-
-
-def test_the_choice_of_a_backend():
-    x = normal(5, 2)
-    assert choose(problem(x, x, 1.0)) == "dense"
-    assert choose(problem(x.half(), x.half(), 1.0, tolerance=1e-2)) == "log"
 
 
 def test_it_says_when_it_stopped_short():
