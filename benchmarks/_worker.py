@@ -106,6 +106,16 @@ def _resident() -> float:
     return pages * resource.getpagesize() / 1e6
 
 
+def _pin(threads: int) -> None:
+    """To as many cores as threads, pools that a library has made already included: JAX has one that no flag ends."""
+    if not hasattr(os, "sched_getaffinity"):
+        return
+    cores = sorted(os.sched_getaffinity(0))[-threads:]
+    tasks = Path("/proc/self/task")
+    for task in [int(path.name) for path in tasks.iterdir()] if tasks.exists() else [0]:
+        os.sched_setaffinity(task, cores)
+
+
 def _give_back() -> None:
     """Return freed memory to the system, so that what a call asks for shows; glibc keeps some for later."""
     with contextlib.suppress(AttributeError, OSError):
@@ -167,8 +177,7 @@ class _Child:
         cell, groups = Cell(**request["cell"]), request.get("groups")
         x, y = clouds(cell, groups)
         epsilon = epsilon_of(cell, x, y)
-        if hasattr(os, "sched_getaffinity"):  # not before: all import at once, on whatever is free
-            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-self.threads :])
+        _pin(self.threads)  # not before: all import at once, on whatever is free
         method, options = METHODS[request["method"]]
         options = options | request.get("options", {})
         deadline = time.perf_counter() + request["seconds"]
