@@ -41,7 +41,7 @@ Debias = Literal["independent", "self"] | None
 Convention = Literal["feydy", "genevay"]
 
 #: Up to this many points both self terms go to the backend as one batch; above, one after the other saves memory.
-TOGETHER = 1024
+TOGETHER = 512
 
 #: What the divergence is of ``cross - self_x / 2 - self_y / 2``.
 SCALES: dict[str, int] = {"feydy": 1, "genevay": 2}
