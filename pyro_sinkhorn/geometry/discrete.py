@@ -161,6 +161,10 @@ def _law(fn: Any) -> tuple[Any, ...] | None:
     law: list[Any] = [kind, torch.get_default_dtype()]
     for name in fn.arg_constraints:
         parameter = fn.__dict__.get(name)
+        if parameter is None and not (
+            name in ("probs", "logits") and {"probs", "logits"} & fn.__dict__.keys()
+        ):
+            return None  # kept in another place, by another name
         if isinstance(parameter, Tensor):
             own = parameter[
                 tuple(slice(None, 1) if stride == 0 else slice(None) for stride in parameter.stride())

@@ -93,7 +93,7 @@ class AutoImplicit(LazyGuide):
             raise ProgramError(f"discrete is {discrete!r}: expected one of {sorted(DISCRETE)}")
         if not temperature > 0:
             raise ProgramError(f"temperature is {temperature}: expected a positive number")
-        self.encoder, self._encoder_given = encoder, encoder is not None
+        self.encoder = encoder
         self._encoder_input = encoder_input
         self._noise_dim = noise_dim
         self._hidden = hidden
@@ -106,6 +106,11 @@ class AutoImplicit(LazyGuide):
         #: Prior mass beyond the states of every count, at the last call.
         self.lost_mass: dict[str, float] = {}
         self._warned: set[str] = set()
+
+    @property
+    def _encoder_given(self) -> bool:
+        # Looked up where modules keep their parts: an access to a network would state its parameters to Pyro again.
+        return any(place.get("encoder") is not None for place in (self._modules, self.__dict__))
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample every latent; returns them by name."""

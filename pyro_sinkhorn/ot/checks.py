@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -113,6 +113,10 @@ def check_cloud(points: Tensor, name: str) -> Tensor:
         raise ValueError(
             f"{name} has shape {tuple(points.shape)}: expected (..., n, d) with n and d at least 1"
         )
+    if points.numel() == 0:
+        raise ValueError(
+            f"{name} has shape {tuple(points.shape)}, a batch of no problems: leave the call out for an empty batch"
+        )
     if not points.is_floating_point():
         raise ValueError(
             f"{name} is {points.dtype}: expected floating points; convert with .float() or .double()"
@@ -122,13 +126,20 @@ def check_cloud(points: Tensor, name: str) -> Tensor:
 
 def check_epsilon(epsilon: float | Tensor, points: Tensor) -> Tensor:
     """One epsilon for every problem of the batch of ``points``: all positive, or all 0 for exact assignments."""
-    if isinstance(epsilon, float) and 0 < epsilon < math.inf:  # the common case, without looking at a tensor
+    limits = torch.finfo(points.dtype)
+    if (
+        isinstance(epsilon, float) and limits.tiny <= epsilon <= limits.max
+    ):  # the common case, without looking at a tensor
         return points.new_full(points.shape[:-2], epsilon)
     eps = torch.as_tensor(epsilon, dtype=points.dtype, device=points.device).detach()
     if not bool((eps >= 0).all()) or not bool(eps.isfinite().all()):
         raise ValueError(
             f"epsilon is {epsilon}: expected a positive finite number, in units of the cost, "
             "or 0 for the exact assignment"
+        )
+    if isinstance(epsilon, float) and epsilon > 0 and bool((eps == 0).all()):
+        raise ValueError(
+            f"epsilon is {epsilon}, which is 0 in {points.dtype}: give exactly 0 for the assignment, or a larger number"
         )
     if bool((eps == 0).any()) and bool((eps > 0).any()):
         raise ValueError(
@@ -219,11 +230,22 @@ def check_assignment(problem: Problem, gradient: Gradient) -> None:
             )
 
 
-def check_start(f: Tensor, g: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
-    """Potentials to begin at, flattened to the batch of the problem."""
-    if (f.numel(), g.numel()) != (problem.a.numel(), problem.b.numel()) or f.shape[-1] != problem.a.shape[-1]:
+def check_start(
+    start: Any, problem: Problem, batch_shape: torch.Size, gradient: Gradient
+) -> tuple[Tensor, Tensor]:
+    """Potentials of a result to begin at, flattened to the batch of the problem."""
+    if problem.exact or gradient == "unrolled":
+        raise ValueError(
+            f"start was given with epsilon {float(problem.epsilon.max()):.3g} and gradient={gradient!r}: only iterations with "
+            "gradient='envelope' and a positive epsilon begin anywhere else than they always do; leave start out"
+        )
+    f, g = getattr(start, "f", None), getattr(start, "g", None)
+    if not isinstance(f, Tensor) or not isinstance(g, Tensor):
+        raise ValueError(f"start is a {type(start).__name__}: expected a result of sinkhorn")
+    expected = [(*batch_shape, w.shape[-1]) for w in (problem.a, problem.b)]
+    if [tuple(f.shape), tuple(g.shape)] != expected:
         raise ValueError(
             f"start has potentials of shape {tuple(f.shape)} and {tuple(g.shape)}: expected those of a result between "
-            f"clouds of these shapes, {len(problem.a)} x {problem.a.shape[-1]} and {len(problem.b)} x {problem.b.shape[-1]}"
+            f"clouds of these shapes, {expected[0]} and {expected[1]}"
         )
     return f.to(problem.a).reshape(problem.a.shape), g.to(problem.b).reshape(problem.b.shape)

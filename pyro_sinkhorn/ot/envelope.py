@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_sinkhorn.ot.first_derivative import first_derivative
 from pyro_sinkhorn.ot.problem import Coupling, Problem, Solution, ceiling, without_masked
 
 
@@ -84,7 +85,7 @@ class _SquaredValue(torch.autograd.Function):
         return value
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         grad = grad_outputs[0]
         slopes = ctx.saved_tensors
@@ -161,7 +162,7 @@ class _DualValue(torch.autograd.Function):
         return (a * f).sum(-1) + (b * g).sum(-1) - epsilon * (total - a.sum(-1) * b.sum(-1))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         plan, *vectors = ctx.saved_tensors
         grad = grad_outputs[0]

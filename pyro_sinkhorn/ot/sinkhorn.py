@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from pyro_sinkhorn.ot.assignment import solve_assignment
-from pyro_sinkhorn.ot.backends import backend_named
+from pyro_sinkhorn.ot.backends import backend_named, check_name
 from pyro_sinkhorn.ot.checks import (
     Gradient,
     Value,
@@ -35,6 +35,7 @@ from pyro_sinkhorn.ot.checks import (
     make_problem,
 )
 from pyro_sinkhorn.ot.cost import Cost
+from pyro_sinkhorn.ot.precision import full_precision
 from pyro_sinkhorn.ot.problem import ConvergenceWarning, Problem, Solution
 from pyro_sinkhorn.ot.rounding import rounded as round_to_coupling
 from pyro_sinkhorn.ot.unrolled import solve_unrolled
@@ -116,7 +117,8 @@ def sinkhorn(
     :param backend: ``"auto"`` (default: by size, device and cost) or a name of :mod:`pyro_sinkhorn.ot.backends`. Unrolled
         iterations are those of ``"log"`` and take no other
     :param start: a result between clouds of the same shapes, whose potentials are where the iterations begin. It saves
-        some where the points have moved little since (full batches); between fresh minibatches it saves none
+        some where the points have moved little since (full batches); between fresh minibatches it saves none.
+        A result holds the matrix of its problem: keep one, not many
     :returns: a :class:`SinkhornResult`
     :raises ValueError: for clouds, weights or an epsilon that make no transport problem; for a sharp or rounded value
         with the envelope gradient, where one is needed; for an assignment of unequal sizes or weights, or unrolled
@@ -136,7 +138,7 @@ def sinkhorn(
     check_variant(value, gradient)
     problem, batch_shape = make_problem(x, y, epsilon, a, b, cost, tolerance, max_iters)
     if start is not None:
-        problem = dataclasses.replace(problem, start=check_start(start.f, start.g, problem))
+        problem = dataclasses.replace(problem, start=check_start(start, problem, batch_shape, gradient))
     transport = Transport(cost, value, gradient, problem.tolerance, max_iters, backend)
     return transport.solve(problem, batch_shape)
 
@@ -170,6 +172,10 @@ class Transport:
 
     def solve(self, problem: Problem, batch_shape: torch.Size) -> SinkhornResult:
         """The result with the batch dimensions put back."""
+        with full_precision():
+            return self._solve(problem, batch_shape)
+
+    def _solve(self, problem: Problem, batch_shape: torch.Size) -> SinkhornResult:
         if problem.exact:
             check_assignment(problem, self.gradient)
         elif self.gradient == "envelope":
@@ -194,7 +200,7 @@ class Transport:
 
 def solve(problem: Problem, backend: str = "auto", gradient: Gradient = "envelope") -> Solution:
     """Solve as asked, and warn where that stopped short of the tolerance."""
-    run = backend_named(backend, problem)
+    check_name(backend)
     if problem.exact:
         return solve_assignment(problem)
     if gradient == "unrolled":
@@ -205,7 +211,7 @@ def solve(problem: Problem, backend: str = "auto", gradient: Gradient = "envelop
             )
         solution = solve_unrolled(problem)
     else:
-        solution = run(problem)
+        solution = backend_named(backend, problem)(problem)
     if problem.tolerance > 0 and not bool(solution.converged.all()):
         worst = float(solution.marginal_error.max())
         if not math.isnan(worst):  # NaN inputs are the caller's to report, with the name of their source
@@ -214,6 +220,6 @@ def solve(problem: Problem, backend: str = "auto", gradient: Gradient = "envelop
                 f"above the tolerance {problem.tolerance:.2g}: raise epsilon "
                 f"(now {float(problem.epsilon.min()):.3g}), max_iters or the tolerance",
                 ConvergenceWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
     return solution

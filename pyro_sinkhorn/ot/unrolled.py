@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pyro_sinkhorn.ot.backends.log_domain import half_step, row_error
+from pyro_sinkhorn.ot.first_derivative import first_derivative
 from pyro_sinkhorn.ot.problem import Problem, Solution, largest_exponent
 
 
@@ -63,7 +64,7 @@ class _HalfStep(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         potential, cost, weights, epsilon, out = ctx.saved_tensors
         (grad,) = grad_outputs

@@ -170,9 +170,12 @@ def bounded_gaps(self, raw):
     return torch.cat([raw[..., :1], raw[..., 1:].sigmoid()], -1).cumsum(-1)
 
 
-def half_a_sphere(self, raw):
+def a_cap(self, raw):
+    """Half a sphere is 20 to 26 standard deviations away, too near the level to tell by."""
     vector = self.unflatten(raw)
-    vector = torch.cat([vector[..., :1].abs(), vector[..., 1:]], -1)
+    vector = torch.cat(
+        [vector[..., :1].abs() + vector[..., 1:].norm(dim=-1, keepdim=True) / 2, vector[..., 1:]], -1
+    )
     return vector / vector.norm(dim=-1, keepdim=True)
 
 
@@ -189,7 +192,7 @@ BROKEN = [
     ("half-cauchy", HalfLine, "embed", constant),
     ("torus", Circle, "embed", angle_itself),
     ("ordered", Ordered, "head", bounded_gaps),
-    ("sphere", Sphere, "head", half_a_sphere),
+    ("sphere", Sphere, "head", a_cap),
     ("wishart", PositiveDefinite, "embed", trace_only),
     ("beta", Interval, "head", upper_half),
 ]

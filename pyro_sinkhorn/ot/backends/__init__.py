@@ -25,7 +25,7 @@ from pyro_sinkhorn.ot.backends.dense import solve_dense
 from pyro_sinkhorn.ot.backends.flash import solve_flash
 from pyro_sinkhorn.ot.backends.log_domain import solve_log_domain
 from pyro_sinkhorn.ot.backends.streaming import solve_streaming
-from pyro_sinkhorn.ot.backends.triton_backend import solve_triton
+from pyro_sinkhorn.ot.backends.triton_backend import MOST_PROBLEMS, solve_triton
 from pyro_sinkhorn.ot.problem import Problem, Solution
 
 Backend = Callable[[Problem], Solution]
@@ -48,7 +48,8 @@ def choose(problem: Problem) -> str:
     squared = problem.cost == "sqeuclidean"
     if problem.x.dtype not in (torch.float32, torch.float64):
         return "log"
-    if problem.x.is_cuda and squared and problem.x.dtype == torch.float32 and kernels_agree(problem.x.device):
+    single = problem.x.is_cuda and problem.x.dtype == torch.float32
+    if single and squared and len(problem.x) <= MOST_PROBLEMS and kernels_agree(problem.x.device):
         return "triton"
     matrices = problem.a.numel() * problem.b.shape[-1] * problem.x.element_size()
     return "streaming" if squared and matrices > DENSE_BYTES else "dense"
@@ -70,14 +71,19 @@ def kernels_agree(device: torch.device) -> bool:
         )
     rng = torch.Generator().manual_seed(0)
     for n in (64, 256, 1_100):
-        x, y = (torch.randn(2, n, 3, generator=rng).to(device) for _ in range(2))
-        weights = torch.full((2, n), 1 / n, device=device)
-        problem = Problem(x, y, weights, weights, torch.ones(2, device=device), tolerance=1e-4)
+        # Whatever dtype and device are the default at this moment.
+        x, y = (
+            torch.randn(2, n, 3, generator=rng, dtype=torch.float32, device="cpu").to(device) for _ in "xy"
+        )
+        weights = torch.full((2, n), 1 / n, dtype=torch.float32, device=device)
+        problem = Problem(x, y, weights, weights, torch.ones_like(weights[:, 0]), tolerance=1e-4)
         try:
             kernels, dense = solve_triton(problem), solve_dense(problem)
             assert kernels.coupling is not None and dense.coupling is not None
             moved, expected = kernels.coupling.product(y), dense.coupling.product(y)
-            agree = torch.allclose(moved, expected, atol=1e-2 / n, rtol=1e-2) and bool(kernels.converged.all())
+            agree = torch.allclose(moved, expected, atol=1e-2 / n, rtol=1e-2) and bool(
+                kernels.converged.all()
+            )
             reason = "they differ from the dense backend"
         except Exception as error:
             agree, reason = False, f"{type(error).__name__}: {error}"
@@ -93,9 +99,12 @@ def kernels_agree(device: torch.device) -> bool:
 
 
 def backend_named(name: str, problem: Problem) -> Backend:
-    """The backend of that name, or a ``ValueError`` that lists the names there are."""
-    if name == "auto":
-        return BACKENDS[choose(problem)]
-    if name not in BACKENDS:
+    """The backend of that name, for this problem where it is ``"auto"``."""
+    check_name(name)
+    return BACKENDS[choose(problem) if name == "auto" else name]
+
+
+def check_name(name: str) -> None:
+    """A name there is, or a ``ValueError`` that lists them."""
+    if name != "auto" and name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}: expected 'auto' or one of {sorted(BACKENDS)}")
-    return BACKENDS[name]

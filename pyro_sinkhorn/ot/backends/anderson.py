@@ -43,7 +43,9 @@ class Anderson:
         # problems with fewer points than memory in bounds.
         self._ridge = 1e-6 if weights.dtype == torch.float32 else 1e-8
         self._tiny = torch.eye(memory, dtype=weights.dtype, device=weights.device)
-        self._tiny *= torch.finfo(weights.dtype).tiny
+        # A problem solved exactly has residuals of zero, and a matrix of zeros: the root of the smallest number leaves room
+        # for its inverse.
+        self._tiny *= torch.finfo(weights.dtype).tiny ** 0.5
 
     def step(self, point: Tensor, residual: Tensor, restart: Tensor | None = None) -> Tensor:
         """The next iterate.
@@ -68,7 +70,9 @@ class Anderson:
         gram.diagonal(dim1=-2, dim2=-1).mul_(1 + self._ridge)
         solved, _ = torch.linalg.solve_ex(gram, self._ones[:, :k])
         mixed = torch.bmm(solved.mT, self._targets[:, :k]).squeeze(1).div_(solved.sum(-2))
-        correction = mixed.sub_(target)
+        correction = mixed.sub_(target).nan_to_num_(
+            0.0, 0.0, 0.0
+        )  # least squares that fail leave the plain step
         largest = torch.linalg.vector_norm(correction, torch.inf, -1, keepdim=True)
         return torch.addcmul(target, correction, (LIMIT / largest).clamp_max_(1))
 

@@ -28,13 +28,19 @@ from torch import Tensor
 
 from pyro_sinkhorn.ot.backends.anderson import Anderson, Progress
 from pyro_sinkhorn.ot.backends.exponents import LOG2E, Exponents
-from pyro_sinkhorn.ot.backends.log_domain import solve_log_domain
+from pyro_sinkhorn.ot.backends.log_domain import half_step, solve_log_domain
 from pyro_sinkhorn.ot.backends.scaled_plan import ScaledPlan, times_columns, times_rows
+from pyro_sinkhorn.ot.backends.schedule import epsilon_schedule
 from pyro_sinkhorn.ot.backends.start import starting_potentials
 from pyro_sinkhorn.ot.problem import Problem, Solution
+from pyro_sinkhorn.ot.value import plan
 
 #: Scalings up to two to this power are multiplied into the matrix as they are; beyond, it is made again.
 RANGE = {torch.float32: 50.0, torch.float64: 400.0}
+
+#: A problem that has an error of FAR left after LATE iterations is begun anew along an epsilon schedule. Potentials that have
+#: thousands of epsilons to go, as between clouds that have nothing in common yet, get there no other way.
+LATE, FAR = 30, 0.05
 
 #: From this many entries of the matrices on, products of problems that have converged are saved.
 SKIP = 2**17
@@ -42,12 +48,43 @@ SKIP = 2**17
 
 @torch.no_grad()
 def solve_dense(problem: Problem) -> Solution:
-    """Solve a batch of problems until every marginal error is below the tolerance."""
+    """Solve a batch of problems until every marginal error is below the tolerance.
+
+    :raises ValueError: for points that are neither float32 nor float64
+    """
+    if problem.x.dtype not in RANGE:
+        raise ValueError(
+            f"backend 'dense' computes in float32 or float64 and the points are {problem.x.dtype}: convert them, or take "
+            "backend='log'"
+        )
     scaling = Scaling(problem)
     solved = scaling.symmetric() if problem.symmetric else scaling.alternating()
     if solved is not None:
         return solved
-    return solve_log_domain(dataclasses.replace(problem, symmetric=False, start=None))
+    if len(problem.a) == 1:
+        return solve_log_domain(dataclasses.replace(problem, symmetric=False, start=None))
+    # One of them resists, or holds a NaN: the others are not to pay for it.
+    parts = [_one(problem, i) for i in range(len(problem.a))]
+    return _together(parts, [solve_dense(part) for part in parts])
+
+
+def _one(problem: Problem, i: int) -> Problem:
+    own = {name: getattr(problem, name)[i : i + 1] for name in ("x", "y", "a", "b", "epsilon")}
+    start = None if problem.start is None else (problem.start[0][i : i + 1], problem.start[1][i : i + 1])
+    return dataclasses.replace(problem, **own, start=start)
+
+
+def _together(problems: list[Problem], solutions: list[Solution]) -> Solution:
+    """One record of problems solved apart, with the plan of each at hand."""
+    plans = torch.cat(
+        [plan(problem, solution) for problem, solution in zip(problems, solutions, strict=True)]
+    )
+    f, g, error, converged = (
+        torch.cat([getattr(solution, name) for solution in solutions])
+        for name in ("f", "g", "marginal_error", "converged")
+    )
+    coupling = ScaledPlan(plans, torch.ones_like(f), torch.ones_like(g))
+    return Solution(f, g, error, max(s.n_iters for s in solutions), converged, coupling=coupling)
 
 
 class Scaling:
@@ -104,6 +141,11 @@ class Scaling:
                     continue
             if done:
                 return self.solution(phi, self.gamma + v.log2(), u, v, error, iteration)
+            if iteration == LATE and worst > FAR and problem.tolerance > 0:
+                self.along_a_schedule(error > FAR, phi, self.gamma + self.finite(v.log2()))
+                phi, u, active, mixing = self.phi, torch.ones_like(a), None, Anderson(a)
+                progress.forget(iteration)
+                continue
             restart, plain = progress.see(error, worst, iteration)
             step = self.log_residual(sums).neg_()
             moved = phi + step if plain else mixing.step(phi, step, restart)
@@ -161,6 +203,21 @@ class Scaling:
         """Two half-steps that neither over- nor underflow, and the matrix at where they lead: all columns exact."""
         phi = self.row_half_step(self.gamma)
         self.rebuild(phi, self.column_half_step(phi))
+
+    def along_a_schedule(self, chosen: Tensor, phi: Tensor, gamma: Tensor) -> None:
+        """The chosen problems from zero potentials, one half-step of either side at every epsilon from the largest cost down.
+
+        :param chosen: booleans ``(B,)``; the others stay at ``phi`` and ``gamma``
+        """
+        rows, columns = torch.zeros_like(phi), torch.zeros_like(gamma)
+        cost = self.exponents(rows, columns).div_(-LOG2E)  # in units of epsilon
+        one = torch.ones_like(self.problem.epsilon)
+        log_a, log_b = self.log_a / LOG2E, self.log_b / LOG2E
+        for stage in [*epsilon_schedule(cost.amax((-2, -1)), one), one]:
+            rows = half_step(columns, cost, log_b, stage)
+            columns = half_step(rows, cost.mT, log_a, stage)
+        chosen = chosen.unsqueeze(-1)
+        self.rebuild((rows * LOG2E).where(chosen, phi), (columns * LOG2E).where(chosen, gamma))
 
     def row_half_step(self, gamma: Tensor) -> Tensor:
         r""":math:`-\log_2\sum_j b_j 2^{\\gamma_j - sC_{ij}}`, whatever the range."""

@@ -28,7 +28,11 @@ def solve_log_domain(problem: Problem) -> Solution:
     epsilon = problem.epsilon
     f, g = torch.zeros_like(log_a), torch.zeros_like(log_b)
 
-    stages = epsilon_schedule(cost.amax((-2, -1)), epsilon)
+    stages: list[Tensor] = []
+    if problem.start is None:
+        stages = epsilon_schedule(cost.amax((-2, -1)), epsilon)
+    else:
+        g = problem.start[1]
     for stage in stages:
         f, g = half_step(g, cost, log_b, stage), half_step(f, cost.mT, log_a, stage)
 

@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from pyro_sinkhorn.ot.precision import full_precision
+
 #: Entries of a tile by type of device. On two cores of a processor 2^20 took .8 ns an entry in float32, 2^17 and 2^22 a
 #: quarter more; other devices want work enough for a launch.
 ENTRIES = {"cpu": 2**20}
@@ -28,11 +30,11 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def in_full_precision(function: Function) -> Function:
-    """Without autocast, whose 8 bits of a product cannot hold an exponent."""
+    """Without autocast and without a graph."""
 
     @wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        with torch.no_grad(), full_precision():
             return function(*args, **kwargs)
 
     return wrapped  # type: ignore[return-value]

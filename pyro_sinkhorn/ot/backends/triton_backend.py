@@ -29,6 +29,9 @@ from pyro_sinkhorn.ot.problem import Coupling, Problem, Solution
 
 Regime = Literal["small", "panel", "tiles"]
 
+#: Of a batch: what a CUDA grid holds in its second and third dimension.
+MOST_PROBLEMS = 65_535
+
 
 @torch.no_grad()
 def solve_triton(problem: Problem, regime: Regime | None = None) -> Solution:
@@ -77,6 +80,11 @@ def _check(problem: Problem) -> None:
             "backend 'triton' needs the package triton, which CUDA builds of torch install on Linux: install such a build, "
             "or take backend='dense' or 'streaming'"
         ) from None
+    if len(points) > MOST_PROBLEMS:
+        raise ValueError(
+            f"backend 'triton' solves {MOST_PROBLEMS} problems at once at most, not {len(points)}: split the batch, or "
+            "take backend='dense'"
+        )
     if points.dtype != torch.float32:
         raise ValueError(
             f"backend 'triton' computes in float32 and the points are {points.dtype}: convert points and weights with "

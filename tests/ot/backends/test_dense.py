@@ -306,3 +306,122 @@ def test_it_says_when_it_stopped_short():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sinkhorn(x, y, 0.01, max_iters=5, tolerance=0, backend="dense")
+
+
+# Batches
+
+
+def test_batches_of_tiny_problems_end_where_each_would():
+    # Some are solved exactly long before the others: nothing is left of them to mix.
+    for n, dtype, seed in ((4, D, 0), (3, torch.float32, 1), (3, D, 2)):
+        x, y = normal(200, n, 2, seed=seed, dtype=dtype), normal(200, n, 2, seed=seed + 10, dtype=dtype)
+        out = sinkhorn(x, y, 0.5, tolerance=1e-4, backend="dense")
+        assert out.converged.all()
+        assert out.n_iters < 200
+        assert out.value.isfinite().all()
+
+
+def test_a_problem_that_is_no_number_leaves_its_neighbours_alone():
+    x, y = normal(4, 30, 2), normal(4, 30, 2, seed=1)
+    healthy = sinkhorn(x, y, 0.05, tolerance=1e-6, backend="dense")
+    x = x.index_fill(0, torch.tensor([2]), math.nan).requires_grad_()
+    out = sinkhorn(x, y, 0.05, tolerance=1e-6, backend="dense")
+    assert out.converged.tolist() == [True, True, False, True]
+    assert out.value[2].isnan()
+    others = torch.tensor([0, 1, 3])
+    torch.testing.assert_close(out.value[others], healthy.value[others])
+    out.value[others].sum().backward()
+    assert x.grad[others].isfinite().all()
+
+
+def test_potentials_far_from_the_start_are_reached_along_a_schedule(monkeypatch):
+    x, y = 40 * normal(20, 1), 40 * normal(20, 1, seed=1)
+    used = []
+    schedule = dense.Scaling.along_a_schedule
+    monkeypatch.setattr(
+        dense.Scaling, "along_a_schedule", lambda self, *args: used.append(1) or schedule(self, *args)
+    )
+    monkeypatch.setattr(dense, "LATE", 3)
+    given = problem(x, y, 1.0, tolerance=1e-4, max_iters=5_000)
+    out = solve_dense(given)
+    assert used and out.converged.all()
+    reference = solve_log_domain(problem(x, y, 1.0, tolerance=1e-6))
+    torch.testing.assert_close(out.coupling.matrix(), coupling_of(given, reference), atol=1e-3, rtol=0)
+
+
+def test_a_start_of_a_general_problem_serves_a_symmetric_one():
+    x = normal(12, 2)
+    general = sinkhorn(x, x.clone() + 0.3, 0.3, backend="log")
+    expected = sinkhorn(x, x, 0.3, backend="log")
+    for backend in ("dense", "streaming"):
+        out = sinkhorn(x, x, 0.3, start=general, backend=backend)
+        assert out.converged
+        torch.testing.assert_close(out.value, expected.value, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["dense", "log", "streaming"])
+def test_every_backend_begins_at_the_start(backend):
+    x, y = normal(50, 2), normal(50, 2, seed=1)
+    cold = sinkhorn(x, y, 0.2, tolerance=1e-6, backend=backend)
+    assert sinkhorn(x, y, 0.2, tolerance=1e-6, backend=backend, start=cold).n_iters <= 3 < cold.n_iters
+
+
+@pytest.mark.parametrize("backend", ["dense", "log", "streaming"])
+def test_autocast_does_not_reach_it(backend):
+    x, y = normal(20, 2, dtype=torch.float32).requires_grad_(), normal(20, 2, seed=1, dtype=torch.float32)
+    expected = sinkhorn(x, y, 0.3, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = sinkhorn(x, y, 0.3, backend=backend)
+    out.value.backward()
+    assert out.value.dtype == torch.float32
+    torch.testing.assert_close(out.value, expected.value)
+    torch.testing.assert_close(x.grad, torch.autograd.grad(expected.value, x)[0])
+
+
+@pytest.mark.parametrize("backend", ["dense", "log", "streaming"])
+def test_second_derivatives_are_refused(backend):
+    x, y = normal(10, 2).requires_grad_(), normal(10, 2, seed=1)
+    with pytest.raises(RuntimeError, match="create_graph=True"):
+        torch.autograd.grad(sinkhorn(x, y, 0.3, backend=backend).value, x, create_graph=True)
+
+
+BAD_STARTS = {
+    "no result": ({"start": 3}, "start is a int: expected a result of sinkhorn"),
+    "unrolled": ({"gradient": "unrolled"}, "only iterations with gradient='envelope'"),
+    "exact": ({"epsilon": 0.0}, "only iterations with gradient='envelope' and a positive epsilon"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_STARTS)
+def test_a_start_that_cannot_be_one_is_refused(case):
+    x, y = normal(10, 2), normal(10, 2, seed=1)
+    changes, message = BAD_STARTS[case]
+    with pytest.raises(ValueError, match=message):
+        sinkhorn(**{"x": x, "y": y, "epsilon": 0.3, "start": sinkhorn(x, y, 0.3)} | changes)
+
+
+BAD = {
+    "no problems": (
+        lambda: sinkhorn(torch.zeros(0, 3, 2), torch.zeros(0, 3, 2), 1.0),
+        "a batch of no problems",
+    ),
+    "too large for the dtype": (
+        lambda: sinkhorn(torch.ones(2, 1).float(), torch.ones(2, 1).float(), 1e40),
+        "epsilon is 1e",
+    ),
+    "too small": (
+        lambda: sinkhorn(torch.ones(2, 1).float(), torch.ones(2, 1).float(), 1e-50),
+        "which is 0 in torch.float32",
+    ),
+    "half precision": (
+        lambda: sinkhorn(torch.ones(2, 1).half(), torch.ones(2, 1).half(), 1.0, backend="dense"),
+        "float16",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_it_cannot_solve_is_said(case):
+    call, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        call()
