@@ -230,6 +230,35 @@ def scaling() -> str:
     return table(["in", "backend", "of", "exponent", "fitted over"], lines) + origin(result)
 
 
+def streaming() -> str:
+    """Time and memory without the matrix, and what is lost by it."""
+    if not _measured("streaming"):
+        return _UNMEASURED
+    result = load("streaming")
+    lines = [
+        [
+            f"{row['n']:,}",
+            "to itself" if row["symmetric"] else "to another cloud",
+            str(row["passes"]),
+            f"{row['solver_seconds']:.1f}",
+            f"{row['gradient_seconds']:.1f}",
+            f"{row['megabytes']:.0f}",
+            f"{row['matrix_megabytes']:,.0f}",
+        ]
+        for row in result["scale"]
+    ]
+    head = [
+        "n = m",
+        "transport",
+        "passes",
+        "solver, s",
+        "gradient, s",
+        "memory beyond the clouds, MB",
+        "the matrix, MB",
+    ]
+    return table(head, lines) + origin(result)
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "speed percent": lambda: _with_figure(peers("0.01", 1), "solver_peers", "Time against n"),
     "speed permille": lambda: peers("0.001", 1),
@@ -237,5 +266,6 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "speed own": own,
     "speed methods": methods,
     "speed shrinkage": shrinkage,
+    "speed streaming": streaming,
     "speed scaling": lambda: _with_figure(scaling(), "solver_scaling", "Growth of time and memory"),
 }
