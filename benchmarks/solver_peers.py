@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from statistics import median
@@ -31,6 +32,7 @@ from _clouds import FOLDER, Cell, NotConverged, reference
 from _floor import floor
 from _peer_figure import draw
 from _peers import METHODS
+from _report import RESULTS
 from _resume import Rows
 from _worker import Worker
 
@@ -278,6 +280,9 @@ def main() -> None:
 
         run(options.backend, options.smoke_test)
         return
+    if options.figure:  # whatever limits they were measured under
+        print("wrote", draw(json.loads((RESULTS / "solver_peers.json").read_text())["rows"]))
+        return
     methods = options.methods or list(METHODS)
     limits = Limits(options.seconds, options.large_seconds)
     cells = ANCHORS if options.anchors else grid(options.sizes, options.dimensions, options.kappas)
@@ -288,15 +293,12 @@ def main() -> None:
     keys = ("n", "d", "kappa", "seed", "threads")
     keep = not options.smoke_test and options.methods is None
     rows = Rows("solver_peers", settings, keys, keep, PACKAGES, show)
-    if not options.figure:
-        for count, cell in itertools.product(threads, cells):
-            rows.make(
-                lambda cell=cell, count=count: measure(
-                    cell, count, methods, options.backend, limits, rows.rows
-                ),
-                **asdict(cell),
-                threads=count,
-            )
+    for count, cell in itertools.product(threads, cells):
+        rows.make(
+            lambda cell=cell, count=count: measure(cell, count, methods, options.backend, limits, rows.rows),
+            **asdict(cell),
+            threads=count,
+        )
     if keep:
         print("\nwrote", draw(rows.rows))
 
