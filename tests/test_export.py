@@ -749,7 +749,7 @@ def nested(x):
             pyro.sample("x", dist.Normal(w, 0.5).to_event(1), obs=x)
 
 
-@pytest.mark.parametrize("method", ["encode", "posterior"])
+@pytest.mark.parametrize("method", ["encode", pytest.param("posterior", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore:.*data lie outside")  # three steps are no fit
 def test_pyros_predictive_takes_what_a_program_returns(method):
     x = torch.randn(4, N, 3)

@@ -194,7 +194,7 @@ BROKEN = [
     ("ordered", Ordered, "head", bounded_gaps),
     ("sphere", Sphere, "head", a_cap),
     ("wishart", PositiveDefinite, "embed", trace_only),
-    ("beta", Interval, "head", upper_half),
+    pytest.param("beta", Interval, "head", upper_half, marks=pytest.mark.slow),
 ]
 
 

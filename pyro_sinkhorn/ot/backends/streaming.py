@@ -48,7 +48,7 @@ from pyro_sinkhorn.ot.problem import Problem, Solution
 #: five where epsilon is small.
 MEMORY = 10
 #: Strips whose row sums are added up before they join the total: thousands of terms one by one would lose digits.
-GROUP = 64
+GROUP = 12
 
 
 @in_full_precision
