@@ -44,8 +44,7 @@ from pyro_sinkhorn.ot.backends.tiles import (
 )
 from pyro_sinkhorn.ot.problem import Problem, Solution
 
-#: Iterates Anderson mixing remembers. Beside a pass they cost nothing, and at errors of 1e-6 ten need half the passes of
-#: five where epsilon is small.
+#: Iterates Anderson mixing remembers. Beside a pass they cost nothing, and small errors need fewer passes with more.
 MEMORY = 10
 #: Strips whose row sums are added up before they join the total: thousands of terms one by one would lose digits.
 GROUP = 12

@@ -2,7 +2,7 @@ r"""One squared Euclidean problem, its plan a tile at a time: nothing ``n x m`` 
 
 A tile of exponents in base 2 is one product of points with their biases appended (see
 :mod:`pyro_sinkhorn.ot.backends.exponents`), exponentiated in place. Tiles are made anew whenever they are needed: a
-fresh entry costs less than a nanosecond, and memory stays at :math:`O((n+m)d)`.
+fresh entry costs little, and memory stays at :math:`O((n+m)d)`.
 
 A tile has about :data:`ENTRIES` entries, which stay in the cache of a processor between the product, the exponential and
 the sums. It is wide and flat where a sum over a whole cloud is needed at once, square elsewhere.
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from pyro_sinkhorn.ot.precision import full_precision
 
-#: Entries of a tile by type of device. On two cores of a processor 2^20 took .8 ns an entry in float32, 2^17 and 2^22 a
-#: quarter more; other devices want work enough for a launch.
+#: Entries of a tile by type of device. On a processor, smaller ones pay for calls and larger ones leave the
+#: cache; other devices want work enough for a launch.
 ENTRIES = {"cpu": 2**20}
 ENTRIES_ELSEWHERE = 2**24
 
@@ -90,8 +90,7 @@ def products_are_exact(like: Tensor) -> bool:
 
 def strips(length: int, width: int, like: Tensor) -> Iterator[slice]:
     """Cut ``length`` rows of ``width`` entries into wide, flat tiles."""
-    # Products with few rows are slow (at 100,000 points ten rows took half as long again as forty), and a tile of 40 is still
-    # of the size of the clouds.
+    # Products with few rows are slow, and a tile of 40 is still of the size of the clouds.
     height = max(40, ENTRIES.get(like.device.type, ENTRIES_ELSEWHERE) // width)
     return (slice(start, min(start + height, length)) for start in range(0, length, height))
 

@@ -9,7 +9,7 @@ import torch
 
 from pyro_sinkhorn.ot import sinkhorn
 from pyro_sinkhorn.ot.backends import dense, solve_dense, solve_log_domain
-from pyro_sinkhorn.ot.backends.anderson import Anderson
+from pyro_sinkhorn.ot.backends.anderson import LIMIT, Anderson
 from pyro_sinkhorn.ot.backends.exponents import LOG2E, Exponents
 from pyro_sinkhorn.ot.backends.start import gaussian_potentials, starting_potentials
 from pyro_sinkhorn.ot.checks import make_problem
@@ -339,14 +339,39 @@ def test_potentials_far_from_the_start_are_reached_along_a_schedule(monkeypatch)
     used = []
     schedule = dense.Scaling.along_a_schedule
     monkeypatch.setattr(
-        dense.Scaling, "along_a_schedule", lambda self, *args: used.append(1) or schedule(self, *args)
+        dense.Scaling,
+        "along_a_schedule",
+        lambda self, *args: used.append(args[0].all()) or schedule(self, *args),
     )
     monkeypatch.setattr(dense, "LATE", 3)
     given = problem(x, y, 1.0, tolerance=1e-4, max_iters=5_000)
     out = solve_dense(given)
-    assert used and out.converged.all()
+    assert used and all(used) and out.converged.all()
     reference = solve_log_domain(problem(x, y, 1.0, tolerance=1e-6))
     torch.testing.assert_close(out.coupling.matrix(), coupling_of(given, reference), atol=1e-3, rtol=0)
+
+
+def test_a_schedule_begins_the_chosen_problems_anew_and_leaves_the_others():
+    x, y = 40 * normal(2, 20, 1), 40 * normal(2, 20, 1, seed=1)
+    scaling = dense.Scaling(problem(x, y, 1.0))
+    phi, gamma = normal(2, 20, seed=2), normal(2, 20, seed=3)
+    scaling.along_a_schedule(torch.tensor([True, False]), phi, gamma)
+    assert torch.equal(scaling.phi[1], phi[1]) and torch.equal(scaling.gamma[1], gamma[1])
+    torch.testing.assert_close(scaling.kernel[0].sum(0), scaling.b[0])
+    reached = (scaling.kernel[0].sum(1) - scaling.a[0]).abs().sum()
+    zero = torch.zeros(2, 20, dtype=D)
+    scaling.rebuild(zero, scaling.column_half_step(zero))
+    assert reached < (scaling.kernel[0].sum(1) - scaling.a[0]).abs().sum() / 2
+
+
+def test_a_correction_is_bounded_in_the_direction_it_has():
+    mixing, point = Anderson(torch.full((1, 4), 0.25, dtype=D)), torch.zeros(1, 4, dtype=D)
+    residual = torch.tensor([[1.0, -2.0, 0.5, 0.25]], dtype=D)
+    mixing.step(point, residual)
+    moved = mixing.step(point + residual, 0.99 * residual)  # the fixed point seems to be a hundred steps away
+    correction = moved - (point + 1.99 * residual)
+    torch.testing.assert_close(correction.abs().max(), torch.tensor(LIMIT, dtype=D))
+    torch.testing.assert_close(correction / correction.norm(), residual / residual.norm())
 
 
 def test_a_start_of_a_general_problem_serves_a_symmetric_one():
