@@ -1,4 +1,4 @@
-"""Write the tables of docs/benchmarks.md and README.md from the result files, so that no number is typed by hand.
+"""Write the tables of README.md and docs/ from the result files, so that no number is typed by hand.
 
 python benchmarks/render.py           # rewrite what stands between `<!-- name -->` and `<!-- end -->`
 python benchmarks/render.py --check   # fail where the documents differ from the results
@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import render_papers
 import render_posterior
 import render_priors
 import render_references
@@ -22,7 +23,7 @@ from _tables import ROOT, load, origin, table
 
 DOCUMENTS = [
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "concepts", "simulators")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "concepts", "papers", "simulators")),
 ]
 
 
@@ -232,6 +233,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     **render_references.SECTIONS,
     **render_structure.SECTIONS,
     **render_speed.SECTIONS,
+    **render_papers.SECTIONS,
     "step ratio": step_ratio,
 }
 

@@ -92,7 +92,9 @@ def test_the_whole_group_can_have_one_cost():
 
 
 @pytest.mark.parametrize(
-    "cost", ["l1", "euclidean", lambda x, y: 7 * sqeuclidean(x, y), mahalanobis(torch.eye(2))], ids=str
+    "cost",
+    ["l1", "euclidean", lambda x, y: 7 * sqeuclidean(x, y), mahalanobis(torch.eye(2))],
+    ids=["l1", "euclidean", "function", "mahalanobis"],
 )
 def test_every_site_weighs_its_dimension(cost):
     """Two prior draws are 2 dim apart, whatever unit a cost comes in."""
