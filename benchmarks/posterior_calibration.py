@@ -178,7 +178,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--smoke-test", action="store_true")
-    parser.add_argument("--steps", type=int, default=3000, help="of every calibration")
+    parser.add_argument("--steps", type=int, default=2000, help="of every calibration")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--guide", choices=["AutoPosterior", "AutoImplicit"], help="rows of one of them only")
     options = parser.parse_args()

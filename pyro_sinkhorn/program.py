@@ -4,31 +4,31 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from pyro.infer import ELBO
 from pyro.optim.optim import PyroOptim
 from torch import nn
-from tqdm.auto import tqdm
 
-from pyro_sinkhorn import optimiser, snapshot, state
+from pyro_sinkhorn import fitting, optimiser
 from pyro_sinkhorn.calibration import Calibration, calibrate, calibration_for, undone_on_error
-from pyro_sinkhorn.errors import checked_integer
+from pyro_sinkhorn.fitting import Callback, FitOptions
 from pyro_sinkhorn.losses.base import SinkhornLoss
 from pyro_sinkhorn.losses.trace_energy_score import Trace_EnergyScore
-from pyro_sinkhorn.modules import Owned, shared_copy, submodule_pairs, training_mode
+from pyro_sinkhorn.modules import Owned, shared_copy, training_mode
 from pyro_sinkhorn.parts import checked_parts, guide_for, loss_for
+from pyro_sinkhorn.persistence import Persistent
 from pyro_sinkhorn.queries import Queries
 from pyro_sinkhorn.reachable import find_modules
 from pyro_sinkhorn.recovery import explained_dtypes, unmade_on_error
 from pyro_sinkhorn.rng import RandomStream
-from pyro_sinkhorn.training import Epoch, History, Minibatches, Trainer, as_tensor
+from pyro_sinkhorn.training import Epoch, History, as_tensor, by_rows, is_lazy
 
 
-class SinkhornProgram(Queries):
+class SinkhornProgram(Queries, Persistent):
     """A Pyro model together with the guide, the loss and the state that belong to it.
 
     The program owns copies of the modules that the model refers to (``program.modules``), a parameter store and a
@@ -124,50 +124,77 @@ class SinkhornProgram(Queries):
     def fit(
         self,
         *args: Any,
-        num_steps: int = 2000,
+        num_steps: int | None = None,
+        num_epochs: float | None = None,
         batch_size: int | None = 256,
         lr: float | None = None,
         optim: PyroOptim | None = None,
         seed: int | None = None,
         device: torch.device | str | None = None,
         progress: bool = True,
+        validation: Any = None,
+        validate_every: int = 100,
+        patience: int | None = None,
+        keep_best: bool = True,
+        callbacks: Sequence[Callback] = (),
+        max_grad_norm: float | None = None,
+        autocast: torch.dtype | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        every: int = 100,
+        resume: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> SinkhornProgram:
         """Minimise the loss on minibatches of the model's arguments; a second call continues.
 
-        :param args: arguments of the model, arrays or tensors; those as long as the first one are cut into minibatches
-        :param num_steps: optimiser steps
+        :param args: arguments of the model: arrays, tensors, memory-mapped arrays or sparse matrices of scipy; those as long as
+            the first one are cut into minibatches. Or one ``DataLoader`` or ``Dataset``, whose batches are the arguments
+        :param num_steps: optimiser steps; default 2000
+        :param num_epochs: passes over the data instead
         :param batch_size: data a step, in shuffled epochs, or drawn with replacement for a loss that compares data; None
-            passes everything as it is, as models that sub-sample by themselves need
+            passes everything as it is, as models that sub-sample by themselves need. A ``DataLoader`` has its own
         :param lr: learning rate of the default optimiser, Adam: 1e-3 at first, then what it was
         :param optim: a Pyro optimiser instead, which starts afresh; schedulers are stepped every step
         :param seed: seed of the program's random stream; by default it continues, or at first follows torch's
         :param device: move modules and data there
         :param progress: show a bar with the per-datum loss, reconstruction and match
+        :param validation: data to hold out: a share of them such as .1, the arguments of a call, or a ``DataLoader``. Their
+            loss is measured in evaluation mode, with the same noise each time
+        :param validate_every: steps between two measurements
+        :param patience: stop after so many measurements without a better one; default never
+        :param keep_best: with ``validation``, end in the state whose held-out loss was least
+        :param callbacks: called with the program and a dictionary of figures after every step; one that returns True stops
+            the fit. :func:`~pyro_sinkhorn.fitting.log_to` makes one for TensorBoard or Weights & Biases
+        :param max_grad_norm: scale gradients of all parameters together down to this norm
+        :param autocast: dtype that networks compute in, ``torch.bfloat16`` say; transport stays in float32
+        :param checkpoint: file to write the state of the fit to, every ``every`` steps, at the end, and after NaN or Ctrl-C
+        :param every: steps between two checkpoints
+        :param resume: checkpoint to go on from, with the same data and arguments: the fit ends where it would have ended,
+            on a CPU to the bit. It is the default of ``checkpoint``; given as both, it may be missing, and the fit begins
         :returns: the program
         :raises ProgramError: model, guide and data do not fit together
         :raises NonFiniteError: NaN or infinity; the program keeps the state of the last good step
         """
-        num_steps = checked_integer("num_steps", num_steps, 0)
-        args, kwargs = self._inputs(args, kwargs, device)
-        batches = Minibatches(args, kwargs, batch_size, self.epoch)
-        self.optim = optimiser.choose(self.optim, self.pending_optim, optim, lr)
-        self.pending_optim = {}
-        if device is not None:
-            self.to(device)
-        if seed is not None or self.stream is None:
-            self.stream = RandomStream(seed)
-        with self._guarded(args, kwargs), self.stream.active(), self.active():
-            snapshot.wake_guide(self, *batches.first())
-            modules = [*self.owned.originals.values(), *self._all_modules()]
-            trainer = Trainer(self.model, self.guide, self.loss, self.optim, batches, modules)
-            with tqdm(total=num_steps, disable=not progress, desc=self._name(), unit="step") as bar:
-                for i in range(num_steps):
-                    self.history.append(trainer.step(self.num_steps))
-                    self.num_steps += 1
-                    bar.update()
-                    if i % 10 == 9 or i == num_steps - 1:
-                        self.history.show_last(bar)
+        options = FitOptions(
+            num_steps,
+            num_epochs,
+            batch_size,
+            lr,
+            optim,
+            seed,
+            device,
+            progress,
+            validation,
+            validate_every,
+            patience,
+            keep_best,
+            callbacks,
+            max_grad_norm,
+            autocast,
+            checkpoint,
+            every,
+            resume,
+        )
+        fitting.run(self, *self._inputs(args, kwargs, device, lazy=True), options)
         return self
 
     def calibrate(
@@ -251,62 +278,6 @@ class SinkhornProgram(Queries):
             optimiser.move(self.optim, self.device)
         return self
 
-    def clone(self) -> SinkhornProgram:
-        """An independent program with equal state."""
-        other = SinkhornProgram(self.model, self._guide_given, self._loss_given)
-        if isinstance(self.guide, nn.Module):
-            # Networks that the guide has made at its first call are not in the one that was given.
-            pairs = [(mine, other.modules[name]) for name, mine in self.modules.items()]
-            other.guide = shared_copy(self.guide, self.model, replaced=submodule_pairs(pairs))
-        snapshot.restore(other, state.detached(snapshot.take(self)), like=cast(Any, self))
-        other._continue_with(self.optim)
-        other.device = self.device
-        return other
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write everything learned to a file of tensors and numbers, atomically; the model's code is not in it."""
-        state.write(snapshot.take(self), path)
-
-    @classmethod
-    def load(
-        cls,
-        path: str | os.PathLike[str],
-        model: Callable[..., Any],
-        guide: Any = None,
-        loss: ELBO | None = None,
-        *,
-        encoder: nn.Module | None = None,
-        device: torch.device | str | None = None,
-    ) -> SinkhornProgram:
-        """Read a saved program back, given the code of its model; needs no data and no training step.
-
-        :param guide: as given when the program was made, if it was
-        :param loss: as given when the program was made; one of ours without functions in it is made again from the file
-        :raises ValueError: a damaged or foreign file, or modules that differ from the saved ones
-        """
-        saved = state.read(path)
-        loss = snapshot.make_loss(saved) if loss is None else loss
-        program = cls(model, guide, loss, encoder=encoder)
-        snapshot.check_loss(program, saved)
-        snapshot.restore(program, saved)
-        return program if device is None else program.to(device)
-
-    def __reduce__(self) -> Any:
-        return SinkhornProgram._rebuild, snapshot.pickled_parts(self)
-
-    @classmethod
-    def _rebuild(
-        cls, reference: Any, guide: Any, loss: Any, optim: Any, saved: dict[str, Any]
-    ) -> SinkhornProgram:
-        """The inverse of pickling; always a new program, never the one that the name stands for."""
-        program = cls(snapshot.referred(reference), guide, loss)
-        snapshot.restore(program, saved)
-        program._continue_with(optim)
-        return program
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> SinkhornProgram:
-        return self.clone()
-
     def __repr__(self) -> str:
         guide = getattr(self.guide, "__name__", type(self.guide).__name__)
         return f"SinkhornProgram({self._name()}, {guide}, {type(self.loss).__name__}, {self.num_steps} steps)"
@@ -314,25 +285,21 @@ class SinkhornProgram(Queries):
     def _name(self) -> str:
         return getattr(self.model, "__name__", type(self.model).__name__)
 
-    def _continue_with(self, optim: PyroOptim | None) -> None:
-        """Go on as another program that had this optimiser and this program's state."""
-        if optim is not None:
-            self.optim = optimiser.choose(None, self.pending_optim, optim, None)
-            self.pending_optim = {}
-
     def _all_modules(self) -> list[nn.Module]:
         calibrated = [] if self.calibration is None else [self.calibration.guide]
         found = [*self.owned.copies.values(), self.guide, *calibrated]
         return [module for module in dict.fromkeys(found) if isinstance(module, nn.Module)]
 
     def _inputs(
-        self, args: Any, kwargs: Any, device: torch.device | str | None = None
+        self, args: Any, kwargs: Any, device: torch.device | str | None = None, lazy: bool = False
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments as tensors on the program's device; with ``lazy``, what can be read by rows is left for later."""
         place = self.device if device is None else torch.device(device)
-        return (
-            tuple(as_tensor(value, place) for value in args),
-            {name: as_tensor(value, place) for name, value in kwargs.items()},
-        )
+
+        def made(value: Any) -> Any:
+            return by_rows(value) if lazy and is_lazy(value) else as_tensor(value, place)
+
+        return tuple(made(value) for value in args), {name: made(value) for name, value in kwargs.items()}
 
     @contextmanager
     def _guarded(self, args: Any, kwargs: Any) -> Iterator[None]:

@@ -64,9 +64,12 @@ class RandomStream:
                 torch.cuda.set_rng_state(outside_cuda)
 
     def state(self) -> dict[str, Tensor]:
-        """Tensors that :meth:`restore` continues from."""
-        state = {"cpu": self.generator.get_state()}
-        return state if self.cuda_state is None else state | {"cuda": self.cuda_state}
+        """Tensors that :meth:`restore` continues from, also from inside."""
+        cpu, cuda = self.generator.get_state(), self.cuda_state
+        if self._depth:
+            cpu = torch.get_rng_state()
+            cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else cuda
+        return {"cpu": cpu} if cuda is None else {"cpu": cpu, "cuda": cuda}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Continue where :meth:`state` was taken."""

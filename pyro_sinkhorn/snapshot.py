@@ -130,6 +130,7 @@ def restore(program: Fitted, saved: dict[str, Any], like: Fitted | None = None) 
         program.stream = RandomStream(0)
         program.stream.restore(saved["stream"])
     program.history = History(**{name: values.tolist() for name, values in saved["history"].items()})
+    program.history.validated_at = [int(step) for step in program.history.validated_at]
     program.calibration = None
     if like is not None and like.calibration is not None and like.calibration.given:
         pairs = [(mine, program.owned.copies[name]) for name, mine in like.owned.copies.items()]

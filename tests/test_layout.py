@@ -38,7 +38,7 @@ LAYERS = (
     {"simulations"},
     {"calibration", "export"},
     {"snapshot"},
-    {"queries"},
+    {"fitting", "persistence", "queries"},
     {"program"},
     {"decorator"},
     {"__init__"},

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 
@@ -13,7 +12,10 @@ from pyro_sinkhorn.errors import ProgramError
 from pyro_sinkhorn.rng import undisturbed
 from pyro_sinkhorn.runs import run_model
 from pyro_sinkhorn.structure import Plate, Structure, plates_of, sample_sites, structure_of
+from pyro_sinkhorn.training.loader import LoadedBatches
 from pyro_sinkhorn.training.minibatches import Minibatches
+
+Batches = Minibatches | LoadedBatches
 
 
 class DataScale(Messenger):
@@ -28,7 +30,7 @@ class DataScale(Messenger):
             msg["scale"] = msg["scale"] * self.factor
 
 
-def data_scale(model: Callable[..., Any], batches: Minibatches) -> DataScale | None:
+def data_scale(model: Callable[..., Any], batches: Batches) -> DataScale | None:
     """What scales minibatched plates up to all data, where something outside them makes the scale matter.
 
     That is a global latent, a ``pyro.factor``, or a plate that is whole in every minibatch (features, say).
@@ -45,10 +47,17 @@ def data_scale(model: Callable[..., Any], batches: Minibatches) -> DataScale | N
         if plates.isdisjoint(plate.name for plate in plates_of(site))
         and not site["infer"].get("_deterministic")
     ]
-    return DataScale(plates, batches.n / batches.batch_size) if outside else None
+    if not outside:
+        return None
+    if not batches.n:
+        raise ProgramError(
+            f"{outside[0]!r} lies outside the data, so the loss must know how many there are in all, but the loader's data "
+            "set does not say: give it a __len__"
+        )
+    return DataScale(plates, batches.n / batches.batch_size)
 
 
-def may_replace(model: Callable[..., Any], batches: Minibatches, whole_data_sets: bool) -> bool:
+def may_replace(model: Callable[..., Any], batches: Batches, whole_data_sets: bool) -> bool:
     """Whether data can be drawn with replacement: rows of the arguments must be slices of a data plate.
 
     :param whole_data_sets: whether a data set with globals is to stay as it is
@@ -63,7 +72,7 @@ def may_replace(model: Callable[..., Any], batches: Minibatches, whole_data_sets
     return any(plate.size == plate.full_size == batches.n for plate in structure.data_plates)
 
 
-def _minibatched(model: Callable[..., Any], batches: Minibatches, structure: Structure) -> set[str]:
+def _minibatched(model: Callable[..., Any], batches: Batches, structure: Structure) -> set[str]:
     """Names of the data plates that are as long as a minibatch and would change with it."""
     plates = structure.data_plates
     for plate in plates:
@@ -91,14 +100,14 @@ def _sizes(plates: tuple[Plate, ...]) -> str:
     return " and ".join(f"plate {plate.name!r} has size {plate.size}" for plate in plates)
 
 
-def _look(model: Callable[..., Any], batches: Minibatches, size: int) -> tuple[Trace, Structure]:
-    args, kwargs = batches.at(torch.arange(size))
+def _look(model: Callable[..., Any], batches: Batches, size: int) -> tuple[Trace, Structure]:
+    args, kwargs = batches.look(size)
     with undisturbed():  # a look at the model must not shift what follows
         trace = run_model(model, args, kwargs)
     return trace, structure_of(trace)
 
 
-def refuse_minibatches(model: Callable[..., Any], batches: Minibatches, loss: Any) -> None:
+def refuse_minibatches(model: Callable[..., Any], batches: Batches, loss: Any) -> None:
     _, structure = _look(model, batches, batches.batch_size)
     if structure.globals:
         raise ProgramError(

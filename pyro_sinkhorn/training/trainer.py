@@ -20,8 +20,7 @@ from pyro_sinkhorn.losses.base import SinkhornLoss, Terms
 from pyro_sinkhorn.modules import training_mode
 from pyro_sinkhorn.recovery import kept_on_error
 from pyro_sinkhorn.rng import undisturbed
-from pyro_sinkhorn.training.data_scale import data_scale, may_replace, refuse_minibatches
-from pyro_sinkhorn.training.minibatches import Minibatches
+from pyro_sinkhorn.training.data_scale import Batches, data_scale, may_replace, refuse_minibatches
 
 
 def step(
@@ -31,14 +30,20 @@ def step(
     optim: Callable[[list[Tensor]], Any],
     args: Any,
     kwargs: Any,
+    max_grad_norm: float | None = None,
+    autocast: torch.dtype | None = None,
 ) -> float:
     """One step, as ``SVI.step``; an error, or a gradient that is not finite, leaves parameters and gradients alone.
+
+    :param max_grad_norm: gradients of all parameters together are scaled down to this norm
+    :param autocast: dtype that networks compute in, see :class:`torch.autocast`
 
     :raises NonFiniteError: naming the parameter
     """
     with poutine.trace(param_only=True) as capture:
         try:
-            value = loss.loss_and_grads(model, guide, *args, **kwargs)
+            with _autocast(autocast, args, kwargs):
+                value = loss.loss_and_grads(model, guide, *args, **kwargs)
             parameters = {name: site["value"].unconstrained() for name, site in capture.trace.nodes.items()}
             if not parameters:
                 raise ProgramError(
@@ -47,15 +52,26 @@ def step(
                 )
             _check_finite(value, parameters)
             # A set would order parameters by address, and with them the optimiser's state.
-            optim(list(dict.fromkeys(parameters.values())))
+            found = list(dict.fromkeys(parameters.values()))
+            if max_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(found, max_grad_norm)
+            optim(found)
         finally:
             # Gradients that an interrupted step leaves behind would be added to the next one's.
-            found = [site["value"].unconstrained() for site in capture.trace.nodes.values()]
-            pyro.infer.util.zero_grads({parameter for parameter in found if parameter is not None})
+            touched = [site["value"].unconstrained() for site in capture.trace.nodes.values()]
+            pyro.infer.util.zero_grads({parameter for parameter in touched if parameter is not None})
     return value
 
 
-def _wake(guide: Any, batches: Minibatches) -> None:
+def _autocast(dtype: torch.dtype | None, args: Any, kwargs: Any) -> Any:
+    """On the device of the data."""
+    if dtype is None:
+        return nullcontext()
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    return torch.autocast(tensors[0].device.type if tensors else "cpu", dtype=dtype)
+
+
+def _wake(guide: Any, batches: Batches) -> None:
     """Let an automatic guide that was loaded make its networks, which it does at its first call.
 
     Not in the first step: losses begin with runs that put buffers back, loaded ones too.
@@ -70,6 +86,8 @@ class Trainer:
     """Steps of a program on minibatches: what is scaled, and what is put back after an error.
 
     :param modules: those whose buffers a failed step must leave alone
+    :param max_grad_norm: see :func:`step`
+    :param autocast: see :func:`step`
     """
 
     def __init__(
@@ -78,10 +96,13 @@ class Trainer:
         guide: Callable[..., Any],
         loss: Any,
         optim: PyroOptim,
-        batches: Minibatches,
+        batches: Batches,
         modules: list[nn.Module],
+        max_grad_norm: float | None = None,
+        autocast: torch.dtype | None = None,
     ) -> None:
         self.loss, self.optim, self.batches, self.modules = loss, optim, batches, modules
+        self.max_grad_norm, self.autocast = max_grad_norm, autocast
         self.update = optimiser.Together(optim)
         _wake(guide, batches)
         scale = data_scale(model, batches)
@@ -108,7 +129,16 @@ class Trainer:
                 if ours:
                     self.loss.before_step(self.model, self.guide, self.batches.draw)
                 args, kwargs = self.batches.draw()
-                value = step(self.loss, self.model, self.guide, self.update, args, kwargs)
+                value = step(
+                    self.loss,
+                    self.model,
+                    self.guide,
+                    self.update,
+                    args,
+                    kwargs,
+                    self.max_grad_norm,
+                    self.autocast,
+                )
         except NonFiniteError as error:
             message = f"step {number}: {error}. The program keeps the state of the step before"
             raise NonFiniteError(message) from error
