@@ -22,19 +22,17 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import torch
+from _latent_peers import MMDMatch, NormalGuide
 from _report import write
 from _scale_site import ScaleSite
 from pyro.infer import TraceMeanField_ELBO
 from scipy.stats import t as student
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_sinkhorn import AutoImplicit, SinkhornProgram, Trace_Sinkhorn
-from pyro_sinkhorn.guide.encoder import DefaultEncoder
-from pyro_sinkhorn.losses.latent_match import LatentMatch
 from pyro_sinkhorn.models import dirichlet_archetypes, gaussian, hypersphere, sphere_and_normal
 from pyro_sinkhorn.ot import ConvergenceWarning
 
@@ -54,52 +52,6 @@ WEIGHTS = {
 }
 TUNING_SEED = 100
 SIGMA = 0.2
-
-
-class MMDMatch(LatentMatch):
-    """WAE-MMD's penalty on the same clouds: unbiased MMD with the sum of inverse multiquadrics of Tolstikhin 2018."""
-
-    def divergence(
-        self, x: Any, y: Any, mean: Tensor, group: str, paired: bool, cost: Any = "sqeuclidean"
-    ) -> Tensor:
-        """One value a particle; the scale of the kernels is the mean prior-prior cost."""
-
-        def kernel(p: Tensor, q: Tensor) -> Tensor:
-            cost = torch.cdist(p, q).square()
-            return sum(s * mean / (s * mean + cost) for s in (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0))
-
-        n, m = x.points.shape[-2], y.points.shape[-2]
-        xx, yy, xy = kernel(x.points, x.points), kernel(y.points, y.points), kernel(x.points, y.points)
-
-        def off_diagonal(k: Tensor, n: int) -> Tensor:
-            return (k.sum((-2, -1)) - k.diagonal(dim1=-2, dim2=-1).sum(-1)) / (n * (n - 1))
-
-        return off_diagonal(xx, n) + off_diagonal(yy, m) - 2 * xy.mean((-2, -1))
-
-
-class NormalGuide(nn.Module):
-    """Mean-field normal guide with the encoder of AutoImplicit's size, for the ELBO."""
-
-    def __init__(self, dim: int, num_pixels: int = 64, hidden: int = 128) -> None:
-        super().__init__()
-        self.encoder = DefaultEncoder(num_pixels)
-        width = self.encoder.width
-        self.mixed = nn.Sequential(
-            nn.Linear(width, hidden),
-            nn.SiLU(),
-            nn.Linear(hidden, hidden),
-            nn.SiLU(),
-            nn.Linear(hidden, 2 * dim),
-        )
-        self.direct = nn.Linear(width, 2 * dim)
-
-    def forward(self, x: Tensor) -> None:
-        """Sample z given images."""
-        pyro.module("normal_guide", self)
-        code = self.encoder(x)
-        loc, log_scale = (self.direct(code) + self.mixed(code)).chunk(2, -1)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
 
 
 class Split:
