@@ -18,7 +18,10 @@ from pyro.infer.util import torch_item
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
+from pyro_sinkhorn.errors import checked_integer
 from pyro_sinkhorn.losses.registration import warn_of_untrained
+from pyro_sinkhorn.losses.shared import shared, summed_gradients
+from pyro_sinkhorn.rng import undisturbed
 from pyro_sinkhorn.runs import preserved_buffers
 from pyro_sinkhorn.scoring import run_guide, run_scored
 from pyro_sinkhorn.structure import sample_sites
@@ -56,6 +59,8 @@ class SinkhornLoss(ELBO):
     guide_of_globals: the same for a program with latents outside its data plates, where that differs
     makes_posterior: whether the guide that it trains is a posterior
     whole_data_sets: whether globals are read off the data of a call, which then must be all of them
+    not_shared:     why several processes cannot share it, as the start of a sentence; empty where they can
+    in_step_with_others: whether the processes that share it have taken over the parameters of the first
     """
 
     needs_guide = True
@@ -64,6 +69,12 @@ class SinkhornLoss(ELBO):
     guide_of_globals: Any = None
     makes_posterior = False
     whole_data_sets = False
+    in_step_with_others = False
+
+    @property
+    def not_shared(self) -> str:
+        """Why several processes cannot share this loss."""
+        return f"{type(self).__name__} compares what one process has"
 
     def __init__(
         self,
@@ -74,7 +85,7 @@ class SinkhornLoss(ELBO):
         retain_graph: bool | None,
     ) -> None:
         super().__init__(
-            num_particles=num_particles,
+            num_particles=checked_integer("num_particles", num_particles, 1),
             vectorize_particles=vectorize_particles,
             max_plate_nesting=max_plate_nesting,
             retain_graph=retain_graph,
@@ -103,7 +114,7 @@ class SinkhornLoss(ELBO):
         other.max_plate_nesting = self._initial_plate_nesting
         other.matcher = self.matcher.fresh()
         other.terms = Terms()
-        other._checked_registration = False
+        other._checked_registration = other.in_step_with_others = False
         return other
 
     def state(self) -> dict[str, Any]:
@@ -153,7 +164,8 @@ class SinkhornLoss(ELBO):
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Tensor:
         """An estimate of the loss as a tensor to differentiate."""
-        losses, terms = zip(*self._particles(model, guide, args, kwargs), strict=True)
+        with shared(self, model, guide, args, kwargs):
+            losses, terms = zip(*self._particles(model, guide, args, kwargs), strict=True)
         self.terms = mean_terms(terms)
         return sum(losses) / len(losses)
 
@@ -161,22 +173,26 @@ class SinkhornLoss(ELBO):
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> float:
         """An estimate of the loss; its gradients are added to the parameters', a particle at a time."""
-        if not self._checked_registration:
-            self._checked_registration = True
-            warn_of_untrained(model, guide, args, kwargs)
         total, terms = 0.0, []
         n = 1 if self.vectorize_particles else self.num_particles
-        for loss, term in self._particles(model, guide, args, kwargs):
-            if loss.requires_grad:
-                (loss / n).backward(retain_graph=self.retain_graph)
-            total += torch_item(loss) / n
-            terms.append(term)
+        with shared(self, model, guide, args, kwargs) as ranks, summed_gradients(ranks):
+            if not self._checked_registration:
+                self._checked_registration = True
+                warn_of_untrained(model, guide, args, kwargs)
+            for loss, term in self._particles(model, guide, args, kwargs):
+                if loss.requires_grad:
+                    (loss / n).backward(retain_graph=self.retain_graph)
+                total += torch_item(loss) / n
+                terms.append(term)
         self.terms = mean_terms(terms)
         return total
 
     def _guess_max_plate_nesting(self, model: Any, guide: Any, args: Any, kwargs: Any) -> None:
-        """As Pyro's, but scores nothing: an implicit guide has no density to score."""
-        with poutine.block(), torch.no_grad(), preserved_buffers():
+        """As Pyro's, but scores nothing: an implicit guide has no density to score.
+
+        The random state is left alone, since a loss that comes out of a file asks again.
+        """
+        with poutine.block(), torch.no_grad(), preserved_buffers(), undisturbed():
             guide_trace = run_guide(guide, args, kwargs)
             model_trace = run_scored(model, guide_trace, args, kwargs)
         dims = [
