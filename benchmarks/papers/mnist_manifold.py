@@ -208,7 +208,7 @@ class Study:
             grid = decode(decoder, latent_grid(SIDE))
             self.panels[method.name] = (grid * 255).round().byte().numpy()
             if self.keep:
-                np.savez_compressed(PANELS, **self.panels)
+                np.savez_compressed(PANELS, allow_pickle=False, **self.panels)
         return found | cost
 
     def rate_of(self, method: Method) -> float:
