@@ -100,12 +100,14 @@ class Best:
     value, step:  loss of the held-out data, and after how many steps of this fit
     stale:        measurements since
     tensors:      copies of everything that was learned, by name
+    weight:       of the match when it was measured: losses under different weights do not compare
     """
 
     value: float = math.inf
     step: int = 0
     stale: int = 0
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    weight: float | None = None
 
 
 def learned_tensors(program: Any) -> dict[str, Tensor]:
@@ -145,9 +147,10 @@ class Validation:
         value = self._loss(program, trainer)
         if not math.isfinite(value):
             raise NonFiniteError(f"the loss of the held-out data is {value} after {steps} steps")
-        if value < self.best.value:
+        weight = getattr(program.loss, "weight", None)
+        if value < self.best.value or weight != self.best.weight:
             kept = learned_tensors(program) if self.keep_best else {}
-            self.best = Best(value, steps, 0, {name: t.detach().clone() for name, t in kept.items()})
+            self.best = Best(value, steps, 0, {name: t.detach().clone() for name, t in kept.items()}, weight)
         else:
             self.best.stale += 1
         return value

@@ -3,7 +3,7 @@ r"""Sinkhorn latent matching as a loss for :class:`pyro.infer.SVI`."""
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal, Self, cast
 
 import torch
 from pyro.infer.util import torch_item
@@ -17,8 +17,10 @@ from pyro_sinkhorn.losses.cliques import Grouping, check_grouping
 from pyro_sinkhorn.losses.latent_match import LatentMatch
 from pyro_sinkhorn.losses.learned_cost import LearnedCost
 from pyro_sinkhorn.losses.matching import MatchOptions
+from pyro_sinkhorn.losses.shared import added_up, own_share, pooled
 from pyro_sinkhorn.losses.site_cost import GivenCost
 from pyro_sinkhorn.losses.states import Enumeration, ImpossibleStateError
+from pyro_sinkhorn.losses.weight_rule import WeightRule
 from pyro_sinkhorn.ot.checks import Gradient, Value
 from pyro_sinkhorn.ot.divergence import Debias
 from pyro_sinkhorn.scoring import (
@@ -49,7 +51,8 @@ class Trace_Sinkhorn(SinkhornLoss):
     The guide learned this way is an encoder; it is **not** a Bayesian posterior, and may become deterministic.
 
     :param prior_weight: weight :math:`w` of the normalised match, per datum, so that it means the same at every batch
-        size. The default of 10 is a start: raise it until the match reaches its noise floor, see ``match_report``
+        size. The default of 10 is a start: raise it until the match reaches its noise floor, see ``match_report``.
+        ``"auto"`` begins with 10 and raises it during training, see :mod:`pyro_sinkhorn.losses.weight_rule`
     :param relative_epsilon: entropic regularisation in units of the mean prior-prior cost of the group. Measured on
         Gaussians, .02 to .2 do equally well in 2 and 8 dimensions and .1 best in 64; on a sparse Dirichlet .05 and .1
         cannot be told apart (benchmarks/no_shrinkage.py --sweep)
@@ -95,7 +98,7 @@ class Trace_Sinkhorn(SinkhornLoss):
 
     def __init__(
         self,
-        prior_weight: float = 10.0,
+        prior_weight: float | Literal["auto"] = 10.0,
         relative_epsilon: float = 0.1,
         match_size: int = 64,
         groups: Grouping = "joint",
@@ -112,8 +115,14 @@ class Trace_Sinkhorn(SinkhornLoss):
         max_plate_nesting: float = float("inf"),
         retain_graph: bool | None = None,
     ) -> None:
-        if not (prior_weight >= 0 and math.isfinite(prior_weight)):
-            raise ValueError(f"prior_weight is {prior_weight}: expected a number of at least 0")
+        if prior_weight == "auto":
+            if debias != "independent":
+                raise ValueError(
+                    f"prior_weight='auto' with debias={debias!r}: only independent halves have a floor of zero, which "
+                    "the rule looks for; give a number"
+                )
+        elif isinstance(prior_weight, str) or not (prior_weight >= 0 and math.isfinite(prior_weight)):
+            raise ValueError(f"prior_weight is {prior_weight!r}: expected a number of at least 0, or 'auto'")
         if num_prior_batches < 1:
             raise ValueError(f"num_prior_batches is {num_prior_batches}: expected at least 1")
         if isinstance(cost, LearnedCost):
@@ -126,6 +135,40 @@ class Trace_Sinkhorn(SinkhornLoss):
         matcher = LatentMatch(options, check_grouping(groups), num_prior_batches)
         super().__init__(matcher, num_particles, vectorize_particles, max_plate_nesting, retain_graph)
         self.prior_weight = prior_weight
+        self._rule = WeightRule() if prior_weight == "auto" else None
+
+    @property
+    def weight(self) -> float:
+        """The weight now: ``prior_weight``, or what ``"auto"`` has come to."""
+        return cast(float, self.prior_weight) if self._rule is None else self._rule.weight
+
+    def fresh(self) -> Self:
+        """A copy that has seen no program."""
+        other = super().fresh()
+        other._rule = None if self._rule is None else WeightRule()
+        return other
+
+    def state(self) -> dict[str, Any]:
+        """What was estimated or learned."""
+        return super().state() | ({} if self._rule is None else {"weight_rule": self._rule.state()})
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from a :meth:`state`."""
+        super().load_state(state)
+        if self._rule is not None and "weight_rule" in state:
+            self._rule.load(state["weight_rule"])
+
+    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        """An estimate of the loss; its gradients are added to the parameters'. ``"auto"`` learns from these calls alone."""
+        value = super().loss_and_grads(model, guide, *args, **kwargs)
+        if self._rule is not None:
+            self._rule.observe(self.terms.total_match)
+        return value
+
+    @property
+    def not_shared(self) -> str:
+        """Processes can share it."""
+        return ""
 
     @property
     def latent_match(self) -> LatentMatch:
@@ -159,39 +202,41 @@ class Trace_Sinkhorn(SinkhornLoss):
         n_particles = self.num_particles if self.vectorize_particles else 1
         try:
             check_supports(scored, structure, enumerated)
-            if enumeration is None:
-                log_likelihood = log_density(scored, scored_sites(scored), "model")
-                at_drawn = scored
-            else:
-                log_likelihood = log_density(
-                    scored, scored_sites(scored), "model", enumeration.expectation, self.max_plate_nesting
-                )
+            over_states, nesting, at_drawn = None, float("inf"), scored
+            if enumeration is not None:
+                over_states, nesting = enumeration.expectation, self.max_plate_nesting
                 at_drawn = enumeration.at_drawn(scored)
-            log_likelihood = log_likelihood / n_particles
+
+            def likelihood(names: set[str]) -> Tensor:
+                return log_density(scored, names, "model", over_states, nesting) / n_particles
+
+            log_likelihood = added_up(scored, structure, scored_sites(scored), likelihood)
             log_ratio = torch.zeros(())
             if structure.globals:
                 names = set(structure.globals)
                 log_ratio = log_density(guide, names, "guide") - log_density(scored, names, "model")
                 log_ratio = log_ratio / n_particles
             call = Call(model, args, kwargs, structure, at_drawn, enumeration)
-            matches = self.latent_match(call) if self.prior_weight else []
+            matches = self.latent_match(call) if self.weight else []
         except ImpossibleStateError:
             raise
         except (NonFiniteError, ProgramError) as error:
             # A NaN upstream shows first as somebody else's complaint: report the cause, not the symptom.
             raise (blame(scored, guide, structure) or error) from error
-        loss = -log_likelihood + log_ratio
+        loss = -log_likelihood + own_share(log_ratio)
         for group in matches:
-            loss = loss + self.prior_weight * group.n_data * group.value
+            loss = loss + own_share(self.weight * group.n_data * group.value, whole_gradient=True)
+        n_data = number_of_data(scored, structure)
+        terms = Terms(
+            loss=torch_item(loss) / n_data,
+            reconstruction=-torch_item(log_likelihood) / n_data,
+            match={group.name: torch_item(group.value) for group in matches},
+            globals=torch_item(own_share(log_ratio)) / n_data,
+            total_match=sum(torch_item(own_share(group.value)) * group.n_data for group in matches) / n_data,
+        )
+        loss, terms = pooled(loss, terms, n_data, log_ratio)
         if not bool(loss.detach().isfinite()):
             raise blame(scored, guide, structure) or NonFiniteError(
                 f"the loss is {float(loss)} though data, latents and densities are finite"
             )
-        n_data = number_of_data(scored, structure)
-        return loss, Terms(
-            loss=torch_item(loss) / n_data,
-            reconstruction=-torch_item(log_likelihood) / n_data,
-            match={group.name: torch_item(group.value) for group in matches},
-            globals=torch_item(log_ratio) / n_data,
-            total_match=sum(torch_item(group.value) * group.n_data for group in matches) / n_data,
-        )
+        return loss, terms
