@@ -1,7 +1,8 @@
-"""Errors that name their site. Both derive from built-in classes, so existing handlers keep working."""
+"""Errors that name their site. All derive from built-in classes, so existing handlers keep working."""
 
 from __future__ import annotations
 
+import math
 import numbers
 from typing import Any
 
@@ -16,6 +17,15 @@ class NonFiniteError(ArithmeticError):
 
 class NoDensityError(ProgramError, NotImplementedError):
     """A density was asked of something that has none. As a ``ValueError``, Pyro adds the name of the site to it."""
+
+
+def is_number(value: Any) -> bool:
+    """Whether an argument is a finite real number, NumPy's included."""
+    return isinstance(value, numbers.Real) and math.isfinite(value)
+
+
+class LostRankError(RuntimeError):
+    """Another process of a run that several share has ended, hangs or does something else."""
 
 
 def checked_integer(name: str, value: Any, least: int | None = None) -> int:

@@ -22,6 +22,7 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from pyro_sinkhorn.distributed import active
 from pyro_sinkhorn.errors import NonFiniteError, ProgramError
 from pyro_sinkhorn.geometry.registry import geometry_at
 from pyro_sinkhorn.losses.states import JointStates
@@ -182,7 +183,7 @@ def varying_parameters(constant: Trace, group: Group) -> Tensor | None:
     :param constant: a run of the model whose local latents have the same value in every slice: what still differs
         along the plates comes from covariates or observed parents
     """
-    found = []
+    candidates, vary = [], []
     for name in group.sites:
         site = constant.nodes[name]
         for parameter, dims in parameters_of(site["fn"]):
@@ -197,8 +198,12 @@ def varying_parameters(constant: Trace, group: Group) -> Tensor | None:
             columns = parameter.detach().reshape(*batch, -1)
             laid_out = rows(columns, particles_of(site), group.plates)
             spread = laid_out - laid_out[:, :1]
-            if bool((spread.abs() > 1e-6 * (1 + laid_out.abs())).any()):
-                found.append(laid_out)
+            candidates.append(laid_out)
+            vary.append(bool((spread.abs() > 1e-6 * (1 + laid_out.abs())).any()))
+    ranks = active()
+    if ranks is not None:
+        vary = ranks.any_vary(candidates, vary)
+    found = [laid_out for laid_out, varies in zip(candidates, vary, strict=True) if varies]
     if not found:
         return None
     particles = max(rows_.shape[0] for rows_ in found)

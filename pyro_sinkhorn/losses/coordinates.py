@@ -82,7 +82,7 @@ class Coordinates:
         return GroupCost(list(zip(widths, own.values(), factors, strict=True)))
 
     def features(self, constant: list[Trace], clique: Clique) -> Tensor | None:
-        """Columns that tell slices with unlike priors apart, together as far apart as the latents are."""
+        """Columns that tell slices with unlike priors apart, as they are."""
         # Those of the latents carried along, too: slices that differ in them are not exchangeable either.
         group = Group(clique.sites, clique.group.plates)
         found: list[Tensor] = []
@@ -91,9 +91,10 @@ class Coordinates:
             # States mostly do not change how the covariates enter.
             if varying is not None and not any(torch.equal(varying, other) for other in found):
                 found.append(varying)
-        if not found:
-            return None
-        features = torch.cat(found, -1)
+        return torch.cat(found, -1) if found else None
+
+    def in_unit(self, features: Tensor, clique: Clique) -> Tensor:
+        """Such columns of all slices, together as far apart as the latents are."""
         key = f"features of {clique.name}"
         spread = 2 * features.flatten(0, 1).var(0, correction=0).sum()
         unit = (spread / self.state.mean_costs[clique.name].to(spread)).sqrt()
@@ -144,6 +145,7 @@ class Coordinates:
                     self.state.units[blank_of(name)] = drawn[nearest]
                 start += rows.shape[-1]
             self.state.mean_costs[clique.name] = mean_cost(self.cost(first, clique, own), pooled)
+        self.state.take_first()
 
 
 class Draws:

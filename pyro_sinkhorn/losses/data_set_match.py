@@ -33,7 +33,7 @@ from pyro_sinkhorn.losses.data_set_summary import Summaries
 from pyro_sinkhorn.losses.joint_call import joint_groups
 from pyro_sinkhorn.losses.joint_match import JointMatch
 from pyro_sinkhorn.losses.latent_match import GroupMatch
-from pyro_sinkhorn.losses.matching import gather, match
+from pyro_sinkhorn.losses.matching import match
 from pyro_sinkhorn.losses.pairs import Pairs, Simulator
 from pyro_sinkhorn.losses.site_cost import SiteCost, check_names
 from pyro_sinkhorn.structure import Group, Plate, Structure, carried_along, nesting_of
@@ -170,7 +170,7 @@ class DataSetMatch:
             points = torch.cat([*columns, *(weight * one.to(columns[0]) for one in beside)], -1)
             if index is not None:  # every slice is a cloud of its own
                 points = points.reshape(call.num, -1, points.shape[-1])[:, index].transpose(0, 1)
-            return gather(Cloud(points))
+            return Cloud(points)
 
         x, y = cloud(left), cloud(right)
         cost = joint.latent_columns.cost(right, rows.latents, own)

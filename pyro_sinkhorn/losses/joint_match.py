@@ -31,7 +31,7 @@ from pyro_sinkhorn.losses.data_columns import (
 )
 from pyro_sinkhorn.losses.joint_call import prior_of
 from pyro_sinkhorn.losses.latent_match import GroupMatch
-from pyro_sinkhorn.losses.matching import MatchOptions, MatchState, gather, match
+from pyro_sinkhorn.losses.matching import MatchOptions, MatchState, match
 from pyro_sinkhorn.losses.simulation import Simulation
 from pyro_sinkhorn.losses.site_cost import SiteCost, check_names
 from pyro_sinkhorn.structure import Group, carried_along
@@ -162,7 +162,7 @@ class JointMatch:
             points = self._points(latents, data, joint)
             if beside is not None:
                 points = torch.cat([points, beside.to(points).expand(points.shape[0], -1, -1)], -1)
-            return gather(make_cloud(points, weights, group))
+            return make_cloud(points, weights, group)
 
         cost = self.options.cost
         if joint.latents is not None:

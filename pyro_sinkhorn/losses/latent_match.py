@@ -9,6 +9,7 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from pyro_sinkhorn.distributed import active
 from pyro_sinkhorn.losses.call import Call
 from pyro_sinkhorn.losses.cliques import Clique, Grouping, cliques_of, model_graph
 from pyro_sinkhorn.losses.clouds import (
@@ -22,7 +23,8 @@ from pyro_sinkhorn.losses.clouds import (
     varying_parameters,
 )
 from pyro_sinkhorn.losses.coordinates import Coordinates, Draws
-from pyro_sinkhorn.losses.matching import MatchOptions, MatchState, gather, match
+from pyro_sinkhorn.losses.gathering import Rows, gather
+from pyro_sinkhorn.losses.matching import MatchOptions, MatchState, match
 from pyro_sinkhorn.losses.prior import fixed_values, warn_if_gradient_lost
 from pyro_sinkhorn.losses.site_cost import SiteCost, check_names
 from pyro_sinkhorn.ot.cost import Cost
@@ -150,26 +152,31 @@ class LatentMatch:
             if any(varying_parameters(run, group) is not None for run in constant)
         ]
         draws = Draws(call.prior)
+        laid_out = {}
+        for clique in cliques:
+            weights, n = slices(call.scored, clique.group)
+            if n or active() is not None:  # others may have data where this process has none
+                laid_out[clique.name] = self._lay_out(call, left, priors, constant, clique, weights, n, draws)
+        gathered = dict(zip(laid_out, gather(list(laid_out.values())), strict=True))
         values: dict[str, Tensor] = {}
         n_data: dict[str, float] = {}
         ready: list[_Comparison] = []
         for clique in cliques:
-            weights, n = slices(call.scored, clique.group)
-            n_data[clique.name] = n * clique.share
-            if n == 0:
+            held = gathered.get(clique.name)
+            n_data[clique.name] = 0.0 if held is None else held.n_data * clique.share
+            if held is None or held.n_data == 0:
                 values[clique.name] = torch.zeros(())
             else:
                 # Covariates reach a clique through latents that it does not hold: its slices have unlike laws, too.
                 unlike = any(set(group.plates) <= set(clique.group.plates) for group in varying)
-                prepared = self._prepare(call, left, priors, constant, clique, weights, draws, unlike)
-                ready.append(prepared)
+                ready.append(self._prepare(held, clique, priors[0], unlike))
         while ready:
             batch = [other for other in ready if other is ready[0] or other.like(ready[0])]
             ready = [other for other in ready if not any(other is one for one in batch)]
             values |= self._values(batch)
         return [GroupMatch(name, values[name], n) for name, n in n_data.items()]
 
-    def _prepare(
+    def _lay_out(
         self,
         call: Call,
         left: Trace,
@@ -177,13 +184,30 @@ class LatentMatch:
         constant: list[Trace],
         clique: Clique,
         weights: Tensor,
+        n_data: float,
         draws: Draws,
-        unlike: bool,
-    ) -> _Comparison:
+    ) -> Rows:
+        """The clique in every trace as rows, those of this process."""
         found = self.coordinates_of_prior
         own = found.own_costs(priors[0], clique)
         found.estimate(priors[0], clique, own, draws)
-        features = found.features(constant, clique)
+        states = None
+        if call.enumeration is not None and left is call.scored:
+            states = self._states(call, clique, own)
+        return Rows(
+            [torch.cat(found.columns(trace, clique, own), -1) for trace in (left, *priors)],
+            weights,
+            n_data,
+            clique.group,
+            found.features(constant, clique),
+            states,
+            is_ragged(call.scored, own, weights, clique.group),
+        )
+
+    def _prepare(self, held: Rows, clique: Clique, prior: Trace, unlike: bool) -> _Comparison:
+        """The rows of all processes as clouds."""
+        found = self.coordinates_of_prior
+        features = None if held.beside is None else found.in_unit(held.beside, clique)
 
         def with_features(points: Tensor) -> Tensor:
             if features is None:
@@ -191,24 +215,20 @@ class LatentMatch:
             beside = features if points.dim() == 3 else features.unsqueeze(2)
             return torch.cat([points, beside.expand(*points.shape[:-1], -1)], -1)
 
-        def cloud(trace: Trace, states: CloudStates | None = None) -> Cloud:
-            columns = found.columns(trace, clique, own)
-            points = with_features(columns[0] if len(columns) == 1 else torch.cat(columns, -1))
-            return gather(make_cloud(points, weights, clique.group, states))
-
-        states = None
-        if call.enumeration is not None and left is call.scored:
-            states = self._states(call, clique, own)
-            if states is not None:
-                states = CloudStates(with_features(states.points), states.probabilities)
-        x = cloud(left, states)
+        states = held.states
+        if states is not None:
+            states = CloudStates(with_features(states.points), states.probabilities)
+        x, *y = (
+            make_cloud(with_features(points), held.weights, held.group, states if i == 0 else None)
+            for i, points in enumerate(held.points)
+        )
         return _Comparison(
             clique,
             x,
-            [cloud(prior) for prior in priors],
+            y,
             self.state.mean_costs[clique.name].to(x.points),
-            unlike or x.paired or is_ragged(call.scored, own, weights, clique.group),
-            found.cost(priors[0], clique, own),
+            unlike or x.paired or held.ragged,
+            found.cost(prior, clique, found.own_costs(prior, clique)),
         )
 
     def _states(self, call: Call, clique: Clique, own: dict[str, SiteCost | None]) -> CloudStates | None:

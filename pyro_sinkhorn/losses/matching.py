@@ -1,7 +1,7 @@
 r"""Matching: how far the cloud a guide makes is from the cloud its prior makes.
 
-Three steps, so that several processes can later share the middle one: *clouds* (rows of latents), *gather* (identity
-on one process), *match* (transport). The match of a group is normalised by the mean cost between two prior draws,
+Three steps: *clouds* (rows of latents), *gather* (those of all processes, :mod:`pyro_sinkhorn.losses.gathering`), *match*
+(transport). The match of a group is normalised by the mean cost between two prior draws,
 
 .. math:: S / \mathbb{E}\,c(Y, Y'),
 
@@ -10,7 +10,6 @@ so that it has no unit, and epsilon is ``relative_epsilon`` times the same numbe
 
 from __future__ import annotations
 
-import math
 import warnings
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -18,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_sinkhorn.errors import NonFiniteError, ProgramError
+from pyro_sinkhorn.distributed import active
+from pyro_sinkhorn.errors import NonFiniteError, ProgramError, is_number
 from pyro_sinkhorn.losses.clouds import Cloud
 from pyro_sinkhorn.ot.checks import Gradient, Value, check_variant
 from pyro_sinkhorn.ot.cost import Cost, cost_matrix
@@ -42,12 +42,14 @@ class MatchOptions:
 
     def __post_init__(self) -> None:
         check_variant(self.value, self.gradient)
-        if self.value != "entropic" and self.gradient == "envelope" and self.relative_epsilon > 0:
+        if self.value != "entropic" and self.gradient == "envelope" and self.relative_epsilon != 0:
             raise ValueError(
                 f"value={self.value!r} has no envelope gradient: give gradient='unrolled', or value='entropic'"
             )
-        if not (self.relative_epsilon >= 0 and math.isfinite(self.relative_epsilon)):
-            raise ValueError(f"relative_epsilon is {self.relative_epsilon}: expected a number of at least 0")
+        if not (is_number(self.relative_epsilon) and self.relative_epsilon >= 0):
+            raise ValueError(
+                f"relative_epsilon is {self.relative_epsilon!r}: expected a number of at least 0"
+            )
         if self.relative_epsilon == 0 and self.gradient == "unrolled":
             raise ValueError("relative_epsilon=0 is an exact assignment, which has no iterations to unroll")
         if self.match_size < 1:
@@ -76,6 +78,15 @@ class MatchState:
         if "units" in saved:
             self.units, self.mean_costs = dict(saved["units"]), dict(saved["mean_costs"])
 
+    def take_first(self) -> None:
+        """Where several processes estimate, what the first one found is true for all."""
+        ranks = active()
+        if ranks is not None:
+            held = [
+                {name: value.cpu() for name, value in part.items()} for part in (self.units, self.mean_costs)
+            ]
+            self.units, self.mean_costs = ranks.agreed(held, "estimating units")
+
 
 def mean_cost(cost: Cost, reference: Tensor) -> Tensor:
     """Mean cost between two prior draws, from the two halves of a reference cloud ``(n, e)``."""
@@ -85,11 +96,6 @@ def mean_cost(cost: Cost, reference: Tensor) -> Tensor:
     value = cost_matrix(cost, first.unsqueeze(0), second.unsqueeze(0)).mean()
     # A prior with no spread has nothing to normalise by.
     return value if bool(value > 0) else torch.ones_like(value)
-
-
-def gather(cloud: Cloud) -> Cloud:
-    """Bring the rows of all processes together; on one process there is nothing to bring."""
-    return cloud
 
 
 def match(
@@ -112,6 +118,9 @@ def match(
     :raises ProgramError: too few units to split
     :raises NonFiniteError: the divergence is NaN or infinite
     """
+    ranks = active()
+    if ranks is not None and generator is None:
+        generator = ranks.generator  # all must make the same split
     n_units = x.points.shape[-2] if x.units is None else len(x.units.unique())
     match_size: int | None = options.match_size
     if options.debias == "independent":

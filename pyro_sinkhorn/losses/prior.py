@@ -14,6 +14,7 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from pyro_sinkhorn.distributed import active
 from pyro_sinkhorn.runs import check_appeared, run_model, subsamples
 from pyro_sinkhorn.structure import Group, Site, Structure, parameters_of
 
@@ -59,27 +60,36 @@ def constant_traces(
     for group in structure.groups:
         for name in group.sites:
             shown[name] = _shown(prior.nodes[name], group)
+    ranks = active()
+    if ranks is not None:  # else one rank's slices would seem unlike another's
+        shown = ranks.agreed(
+            {name: [value.cpu() for value in found] for name, found in shown.items()},
+            "drawing latents to show",
+        )
     runs = []
     for i in range(max(map(len, shown.values()))):
-        values = fixed | {name: found[i % len(found)] for name, found in shown.items()}
+        values = dict(fixed)
+        for name, found in shown.items():
+            value = prior.nodes[name]["value"]
+            values[name] = found[i % len(found)].to(value).expand(value.shape).contiguous()
         runs.append(run_model(model, args, kwargs, values=values, stop_after=structure.locals))
     return runs
 
 
 def _shown(site: Site, group: Group) -> list[Tensor]:
-    """Values of a latent that are equal in all slices: the first slice's, or states of a discrete one, in random order."""
+    """Values for all slices of a latent: the first slice's, or states of a discrete one, in random order."""
     value = site["value"].detach()
     event_dim = len(site["fn"].event_shape)
     if getattr(site["fn"].support, "is_discrete", False):
         states = value.flatten(0, value.dim() - event_dim - 1) if value.dim() > event_dim else value[None]
         states = states.unique(dim=0)
         chosen = states[torch.randperm(len(states), device=states.device)[:MAX_STATES_SHOWN]]
-        return [state.expand(value.shape).contiguous() for state in chosen]
+        return list(chosen)
     for plate in group.plates:
         axis = plate.dim - event_dim
         if value.dim() >= -axis:
             value = value.narrow(axis, 0, 1)
-    return [value.expand(site["value"].shape).contiguous()]
+    return [value]
 
 
 def warn_if_gradient_lost(prior: Trace, structure: Structure, warned: set[str]) -> None:

@@ -23,6 +23,7 @@ from pyro_sinkhorn.losses.latent_match import GroupMatch
 from pyro_sinkhorn.losses.learned_cost import LearnedCost
 from pyro_sinkhorn.losses.matching import MatchOptions
 from pyro_sinkhorn.losses.prior import warn_if_gradient_lost
+from pyro_sinkhorn.losses.shared import added_up, check_plates, own_share, pooled
 from pyro_sinkhorn.losses.simulation import Simulation, check_gradient, run_simulated, simulation_of
 from pyro_sinkhorn.ot.checks import Gradient, Value
 from pyro_sinkhorn.ot.cost import Cost
@@ -152,6 +153,11 @@ class Trace_DataSinkhorn(SinkhornLoss):
         self.weight = weight
 
     @property
+    def not_shared(self) -> str:
+        """Processes can share it, but for a cost that learns."""
+        return "" if self.learned_cost is None else "a LearnedCost has an optimiser of its own"
+
+    @property
     def data_match(self) -> DataMatch:
         """What compares the data."""
         return self.matcher
@@ -258,26 +264,30 @@ class Trace_DataSinkhorn(SinkhornLoss):
         names = set(structure.globals)
         log_ratio = log_density(guide, names, "guide") - log_density(scored, names, "model")
         factors = {name for name, site in sample_sites(scored) if site["is_observed"]}
-        loss = log_ratio / n_particles - log_density(scored, factors, "model") / n_particles
+        check_plates(structure, call.groups)
+        factor = added_up(scored, structure, factors, lambda names: log_density(scored, names, "model"))
+        loss = own_share(log_ratio) / n_particles - factor / n_particles
         if self.learned_cost is None:
             matches = self.data_match(call)
         else:
             with self.learned_cost.frozen():
                 matches = self.data_match(call)
         for group in matches:
-            loss = loss + self.weight * group.n_data * group.value
+            loss = loss + own_share(self.weight * group.n_data * group.value, whole_gradient=True)
+        n_data = number_of_data(call.observed, structure)
+        terms = Terms(
+            loss=torch_item(loss) / n_data,
+            match={group.name: torch_item(group.value) for group in matches},
+            globals=torch_item(own_share(log_ratio)) / n_particles / n_data,
+            total_match=sum(torch_item(own_share(group.value)) * group.n_data for group in matches) / n_data,
+        )
+        loss, terms = pooled(loss, terms, n_data, log_ratio)
         if not bool(loss.detach().isfinite()):
             raise NonFiniteError(
                 f"the loss is {float(loss)} though data, simulated data and their divergence are finite: look at the "
                 f"densities of the global latents {sorted(names)} and of the factors {sorted(factors)}"
             )
-        n_data = number_of_data(call.observed, structure)
-        return loss, Terms(
-            loss=torch_item(loss) / n_data,
-            match={group.name: torch_item(group.value) for group in matches},
-            globals=torch_item(log_ratio) / n_particles / n_data,
-            total_match=sum(torch_item(group.value) * group.n_data for group in matches) / n_data,
-        )
+        return loss, terms
 
 
 def _total(matches: list[GroupMatch]) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from pyro_sinkhorn.errors import NonFiniteError, ProgramError
 from pyro_sinkhorn.losses.clouds import Cloud
 from pyro_sinkhorn.losses.latent_match import LatentMatch
-from pyro_sinkhorn.losses.matching import MatchOptions, MatchState, gather, match, mean_cost
+from pyro_sinkhorn.losses.matching import MatchOptions, MatchState, match, mean_cost
 from pyro_sinkhorn.ot import ConvergenceWarning, sinkhorn_divergence
 
 ONE = torch.tensor(1.0, dtype=torch.float64)
@@ -94,11 +94,6 @@ def test_points_of_vanishing_weight_do_not_count():
     # Weights are relative.
     doubled = Cloud(x.points, weights=2 * weights)
     assert torch.allclose(run(doubled, y, options=options), run(with_weights, y, options=options))
-
-
-def test_gathering_on_one_process_changes_nothing():
-    x = cloud()
-    assert gather(x) is x
 
 
 # Small batches
