@@ -115,8 +115,8 @@ def mean_cost(data: Tensor) -> float:
     return 2 * float(data[:5000].var(0).sum())
 
 
-#: A row of the results that is no fit: as many training images.
-FLOOR = "training images"
+#: A row of the results that is no fit: as many training images. A panel of the figure that is none.
+FLOOR, TEST = "training images", "test images"
 METHODS = [
     Method("paper's form, ε = 1, L = 10, m = 200", 200, paper(1.0, 10)),
     Method(
@@ -225,13 +225,14 @@ def draw(panels: dict[str, np.ndarray]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 4, figsize=(13, 7), layout="constrained")
-    for axis, method in zip(axes.flat, METHODS, strict=True):
-        images = panels[method.name]
+    names = [*(method.name for method in METHODS), TEST]
+    figure, axes = plt.subplots(2, 5, figsize=(15, 6.6), layout="constrained")
+    for axis, name in zip(axes.flat, names, strict=True):
+        images = panels[name]
         side = round(images.shape[-1] ** 0.5)
         tiles = images.reshape(SIDE, SIDE, side, side).transpose(0, 2, 1, 3).reshape(SIDE * side, -1)
         axis.imshow(tiles, cmap="gray_r", vmin=0, vmax=255)
-        axis.set_title(method.name, fontsize=10, loc="left")
+        axis.set_title(name, fontsize=10, loc="left")
         axis.set_axis_off()
     FIGURE.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(FIGURE, dpi=110)
@@ -267,6 +268,7 @@ def main() -> None:
     }  # fmt: skip
     rows = Rows("papers_mnist_manifold", settings, ["method", "rate", "seed", "steps"], keep=not smoke)
     panels = dict(np.load(PANELS)) if not smoke and PANELS.exists() else {}
+    panels[TEST] = (data.test[: SIDE**2] * 255).byte().numpy()
     study = Study(
         data, judge, rows, steps, tuning_steps, hidden, 300 if smoke else SCORED, panels, keep=not smoke
     )
