@@ -7,7 +7,7 @@ term) is chosen for each method among four, on the validation canvases with a se
 the clean canvas is at most 1.15 times the method's smallest, the one whose generated canvases are nearest to clean ones.
 Then three other seeds are tested; of AIR also its ELBO as it is, weight 1.
 
-    python benchmarks/papers/canvas.py --data-dir FOLDER   # with mnist.npz; about half an hour of one core
+    python benchmarks/papers/canvas.py --data-dir FOLDER   # with mnist.npz; about twenty minutes of one core
     python benchmarks/papers/canvas.py --smoke-test        # scikit-learn's digits, a few seconds
 """
 
@@ -177,7 +177,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data-dir", type=Path, help="folder of mnist.npz")
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--fits", type=Path, help="folder that keeps fitted programs, to measure them again")
     parser.add_argument("--method", action="append", choices=WEIGHTS, help="only these, without the figure")
