@@ -257,9 +257,8 @@ def main() -> None:
     steps, tuning_steps, hidden, seeds = (
         (2, 1, 32, [0]) if smoke else (STEPS, TUNING_STEPS, 256, options.seeds)
     )
-    torch.set_flush_denormal(
-        True
-    )  # small epsilons underflow, and processors are slow at numbers below the normal range
+    # Small epsilons underflow, and processors are slow at numbers below the normal range.
+    torch.set_flush_denormal(True)
     data = load(None if smoke else options.data_dir)
     judge = fit_classifier(data, 1) if smoke else classifier(data)
     settings = {
