@@ -17,7 +17,7 @@ def observed(values):
 
 
 def test_noise_about_zero_leaves_the_weight():
-    # 40 periods of pure noise: a rise has probability .0013 in each, and 8 seeds allow three in all (p < 1e-4).
+    # 40 looks at pure noise: each rises with probability .0013, so a seed does with at most .05; four of 8 have p < 5e-4.
     rises = 0
     for seed in range(8):
         noise = 0.01 * torch.randn(40 * WeightRule.PERIOD, generator=torch.Generator().manual_seed(seed))
@@ -28,7 +28,8 @@ def test_noise_about_zero_leaves_the_weight():
 def test_a_falling_match_leaves_the_weight_and_a_stuck_one_raises_it():
     falling = 0.5 ** (torch.arange(500) / 50)
     assert observed(falling) == WeightRule.START
-    assert observed(torch.full((500,), 0.2)) == pytest.approx(WeightRule.START * 1.5**9)
+    # Two periods a rise: one to settle, one to judge by.
+    assert observed(torch.full((500,), 0.2)) == pytest.approx(WeightRule.START * 1.5**5)
     assert observed(torch.full((5000,), 0.2)) == WeightRule.MOST
 
 
@@ -56,8 +57,11 @@ def test_the_weight_rises_until_the_match_is_at_its_floor(tmp_path):
     late = [torch.tensor(program.history.match[-200:]) for program in (fixed, auto)]
     z = [float(match.mean() / match.std() * 200**0.5) for match in late]
     assert auto.loss.weight > 30 and z[0] > 6 > z[1]
-    with auto.active():
-        assert pyro.param("scale").item() == pytest.approx(1 / 1.3, abs=0.05)
+    scales = []
+    for program in (fixed, auto):
+        with program.active():
+            scales.append(pyro.param("scale").item() * 1.3)
+    assert abs(scales[1] - 1) < 0.6 * abs(scales[0] - 1)  # the prior's sd is 1
     # It is part of the state, and of what a new program begins without.
     auto.save(tmp_path / "auto.pt")
     loaded = SinkhornProgram.load(tmp_path / "auto.pt", model, guide)
