@@ -128,6 +128,41 @@ def plates_of(site: Site) -> tuple[Plate, ...]:
     )
 
 
+def check_tensors(trace: Trace, structure: Structure) -> None:
+    """Observed values must be tensors.
+
+    :raises ProgramError: naming the site
+    """
+    for name in structure.data:
+        value, fn = trace.nodes[name]["value"], trace.nodes[name]["fn"]
+        if not isinstance(value, Tensor):
+            raise ProgramError(
+                f"observed site {name!r}: the data are a {type(value).__name__}, expected a tensor of shape "
+                f"{tuple(fn.batch_shape + fn.event_shape)}: convert them, for example by torch.tensor"
+            )
+
+
+def check_shapes(trace: Trace, structure: Structure) -> None:
+    """Observed values must have the shape of their sites; who scores no density would not notice.
+
+    :raises ProgramError: naming the site
+    """
+    check_tensors(trace, structure)
+    for name in structure.data:
+        fn = trace.nodes[name]["fn"]
+        batch, event = tuple(fn.batch_shape), tuple(fn.event_shape)
+        shape = tuple(trace.nodes[name]["value"].shape)
+        fits = len(shape) <= len(batch + event) and all(
+            mine in (1, size) for mine, size in zip(shape[::-1], (batch + event)[::-1], strict=False)
+        )
+        if not fits or shape[max(len(shape) - len(event), 0) :] != event:
+            raise ProgramError(
+                f"observed site {name!r}: data of shape {shape}, expected {batch + event}: with these arguments its "
+                f"{type(innermost(fn)).__name__} has batch shape {batch} and event shape {event}. Several numbers a datum are "
+                "declared by .to_event, or by a plate inside that of the data"
+            )
+
+
 def nesting_of(trace: Trace) -> int:
     """How many dimensions the plates of a trace take."""
     dims = [f.dim for _, site in sample_sites(trace) for f in site["cond_indep_stack"] if f.vectorized]

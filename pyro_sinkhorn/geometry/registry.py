@@ -81,6 +81,14 @@ def geometry_of(fn: Any, site: str | None = None) -> Geometry:
     raise ValueError(_unknown(fn, constraint, site))
 
 
+def is_angle(fn: Any) -> bool:
+    """Whether values are angles, of which numbers a turn apart are one. Not a matter of supports: Pyro calls them real."""
+    try:
+        return not getattr(fn.support, "is_discrete", False) and isinstance(geometry_of(fn), Circle)
+    except (ValueError, NotImplementedError):  # data need no geometry
+        return False
+
+
 def geometry_at(site: dict[str, Any]) -> Geometry:
     """:func:`geometry_of` the distribution of a site of a trace, looked up once: of counts it sums probabilities."""
     fn, found = site["fn"], site.get("_geometry")

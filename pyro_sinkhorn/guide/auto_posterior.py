@@ -190,7 +190,7 @@ class AutoPosterior(KnowsCovariates, LazyGuide):
     ) -> Reading:
         observed = resized(self._observed, inputs)
         covariates = read_covariates(
-            self._covariates, self._covariate_paths, args, kwargs, observed[0].plates[0]
+            self._covariates, self._covariate_paths, args, kwargs, observed[0].plates[0], self.model
         )
         code = None
         if self.encoder is not None:

@@ -26,7 +26,7 @@ def features_of(observed: list[Observed], values: Readings, plates: tuple[Plate,
 
     An observed site in more plates than these is flattened along the others (all words of a document); one in
     fewer is repeated; one in none of them belongs to another data set and is not read. Masked values become NaN, which
-    stands for missing, and a column says where they are.
+    stands for missing, and a column says where they are. Angles are read as points of the circle.
     """
     shape = plate_shape(plates)
     keep, names = {plate.dim for plate in plates}, {plate.name for plate in plates}
@@ -38,7 +38,10 @@ def features_of(observed: list[Observed], values: Readings, plates: tuple[Plate,
         if not value.is_floating_point():
             value = value.to(torch.get_default_dtype())
         batch = tuple(value.shape[: value.dim() - site.event_dim])
-        value = no_number(value.reshape(*batch, -1))
+        value = value.reshape(*batch, -1)
+        if site.angles:
+            value = torch.cat([value.cos(), value.sin()], -1)
+        value = no_number(value)
         if site.name in values.present:
             present = values.present[site.name].unsqueeze(-1)
             batch = tuple(torch.broadcast_shapes(batch, present.shape[:-1]))

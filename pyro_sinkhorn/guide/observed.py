@@ -20,7 +20,8 @@ from torch import Tensor
 
 from pyro_sinkhorn.errors import ProgramError
 from pyro_sinkhorn.explain import Path, tensors_of
-from pyro_sinkhorn.structure import Plate, Structure, is_data, masks_of, plates_of, present_of
+from pyro_sinkhorn.geometry.registry import is_angle
+from pyro_sinkhorn.structure import Plate, Structure, check_tensors, is_data, masks_of, plates_of, present_of
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,16 @@ class Source:
 
 @dataclass(frozen=True)
 class Observed:
-    """An observed site: its plates, its event dimensions, where its values come from, and its mask, if it has one."""
+    """An observed site: its plates, its event dimensions, where its values come from, its mask, if it has one, and whether
+    its values are angles.
+    """
 
     name: str
     event_dim: int
     plates: tuple[Plate, ...]
     source: Source
     mask: Source | None = None
+    angles: bool = False
 
 
 class Readings(dict[str, Tensor]):
@@ -69,16 +73,19 @@ def find_observed(
     kwargs: dict[str, Any],
     indices: dict[str, Tensor],
 ) -> list[Observed]:
-    """Describe every observed site of a complete run."""
+    """Describe every observed site of a complete run.
+
+    :raises ProgramError: data that are no tensor
+    """
+    check_tensors(trace, structure)
     found = []
     for name in structure.data:
         site, tensors = trace.nodes[name], dict(tensors_of(args, kwargs))
         source = _source(site["value"], tensors, indices, plates_of(site))
         masks = list(masks_of(site))
         mask = _source(masks[0], tensors, indices, plates_of(site)) if len(masks) == 1 else Source(None)
-        found.append(
-            Observed(name, len(site["fn"].event_shape), plates_of(site), source, mask if masks else None)
-        )
+        fn, present = site["fn"], mask if masks else None
+        found.append(Observed(name, len(fn.event_shape), plates_of(site), source, present, is_angle(fn)))
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import warnings
 from collections.abc import Callable, Mapping
@@ -151,9 +152,11 @@ def read_covariates(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     plate: Plate,
+    model: Callable[..., Any],
 ) -> list[Tensor]:
     """Covariates of this call, floating.
 
+    :param model: whose names for its arguments hold when one comes by position and later by name
     :raises ProgramError: the function returned something else than one row a slice
     """
     if callable(given):
@@ -170,7 +173,7 @@ def read_covariates(
             )
         found = [value]
     else:
-        held = dict(tensors_of(args, kwargs))
+        held = _by_either_key(dict(tensors_of(args, kwargs)), model)
         missing = [spoken(path) for path in paths if path not in held]
         if missing:
             raise ProgramError(
@@ -179,6 +182,18 @@ def read_covariates(
             )
         found = [held[path] for path in paths]
     return [value if value.is_floating_point() else value.to(torch.get_default_dtype()) for value in found]
+
+
+def _by_either_key(held: dict[Path, Tensor], model: Callable[..., Any]) -> dict[Path, Tensor]:
+    """Arguments by position and by name, whichever they were passed by."""
+    try:
+        signature = inspect.signature(model.forward if isinstance(model, nn.Module) else model)
+    except (TypeError, ValueError):  # a callable that does not say
+        return held
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [parameter.name for parameter in signature.parameters.values() if parameter.kind in kinds]
+    other: dict[Any, Any] = dict(enumerate(names)) | {name: i for i, name in enumerate(names)}
+    return held | {(other[path[0]], *path[1:]): value for path, value in held.items() if path[0] in other}
 
 
 def encoded(

@@ -25,7 +25,15 @@ from pyro_sinkhorn.guide.start import moments
 from pyro_sinkhorn.losses.side_by_side import in_plate, packed, padded, vectorises
 from pyro_sinkhorn.rng import undisturbed
 from pyro_sinkhorn.runs import Resample, run_model, subsamples
-from pyro_sinkhorn.structure import Plate, Structure, innermost, nesting_of, sample_sites, structure_of
+from pyro_sinkhorn.structure import (
+    Plate,
+    Structure,
+    check_shapes,
+    innermost,
+    nesting_of,
+    sample_sites,
+    structure_of,
+)
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,7 @@ class Simulator:
         """One plain run of the model on its data: the trace, its structure, and how deep its plates are nested."""
         trace = run_model(model, args, kwargs, values=dict(values))
         structure = structure_of(trace)
+        check_shapes(trace, structure)
         _check_laws(trace, structure)
         return trace, structure, nesting_of(trace)
 

@@ -10,7 +10,7 @@ import torch
 from scipy.stats import binom
 
 from pyro_sinkhorn.diagnostics.simulated_range import OutOfRangeWarning, simulated_range, warn_of_range
-from pyro_sinkhorn.errors import NonFiniteError
+from pyro_sinkhorn.errors import NonFiniteError, ProgramError
 from pyro_sinkhorn.losses.pairs import Simulator
 
 #: The package shows the function of this name, not the module.
@@ -145,6 +145,23 @@ def test_placeholders_of_masked_data_do_not_count():
 def test_data_that_are_no_number_are_named():
     with pytest.raises(NonFiniteError, match="'x'.*remove or mask"):
         simulated_range(local, torch.tensor([0.0, float("nan"), 1.0]))
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "said"),
+    [
+        (local, torch.randn(9, 2), r"data of shape \(9, 2\), expected \(9,\).*to_event"),
+        (local, torch.randn(1, 9), r"data of shape \(1, 9\), expected \(1,\)"),
+        (wide, torch.randn(9, 4), r"data of shape \(9, 4\), expected \(9, 5\)"),
+        (wide, torch.randn(9, 1), r"data of shape \(9, 1\), expected \(9, 5\)"),
+        (wide, torch.randn(9), r"data of shape \(9,\), expected \(9, 5\)"),
+        (local, [0.1, 0.2], r"the data are a list, expected a tensor of shape \(2,\)"),
+    ],
+    ids=["columns", "a row", "narrow", "one column", "no columns", "list"],
+)
+def test_data_of_the_wrong_shape_are_named(model, x, said):
+    with pytest.raises(ProgramError, match=f"observed site 'x': {said}"):
+        simulated_range(model, x)
 
 
 def test_models_that_do_not_vectorise_are_served():

@@ -240,6 +240,36 @@ def test_globals_know_no_order_within_a_slice():
     assert abs(float(drawn[0] - drawn[2])) > 1e-9  # who belongs together counts
 
 
+# Angles.
+
+
+def headings(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.VonMises(0.5, 2.0))
+        pyro.sample("x", dist.VonMises(z, 5.0), obs=x)
+
+
+@pytest.mark.parametrize("kind", [Small, AutoImplicit])
+def test_angles_are_read_whatever_their_branch(kind):
+    """-pi and pi are one direction, and so is what lies turns away: data in [0, 2 pi) are usual."""
+    guide, x = kind(headings), torch.linspace(-3.1, 3.1, 20)
+    guide(x)
+
+    def drawn(x):
+        pyro.set_rng_seed(7)
+        return guide(x)["z"].detach()
+
+    away = (drawn(x + 2 * torch.pi) - drawn(x)).abs()
+    torch.testing.assert_close(torch.minimum(away, 2 * torch.pi - away), torch.zeros(20), rtol=0, atol=1e-9)
+    assert (drawn(x + 1) - drawn(x)).abs().max() > 1e-3
+
+
+def test_an_angle_that_is_no_number_is_not_taken_for_a_missing_one():
+    guide, x = Small(headings), torch.randn(20)
+    guide(x)
+    assert not guide(torch.where(torch.arange(20) == 3, torch.inf, x))["z"][3].isfinite()
+
+
 # Covariates.
 
 
@@ -262,6 +292,21 @@ def test_covariates_are_read_by_default():
     blind = Small(regression, covariates=None)
     blind(x, design)
     assert torch.equal(slopes(blind, x, design), slopes(blind, x, -design))
+
+
+def test_arguments_may_come_by_position_and_by_name():
+    x, design = torch.randn(10), torch.randn(10)
+    by_position, by_name = Small(regression), Small(regression)
+    by_position(x, design)
+    by_name(x, design=design)
+    for guide in (by_position, by_name):
+        # By name the observed values are those of a run of the model, which moves on the random state: noise is set.
+        sites = poutine.trace(guide).get_trace(x, design).nodes.values()
+        noise = {site["name"]: site["value"] for site in sites if site.get("infer", {}).get("is_auxiliary")}
+        quiet = poutine.condition(guide, noise)
+        named = quiet(x=x, design=design)["slope"]
+        assert torch.equal(quiet(x, design)["slope"], named)
+        assert not torch.equal(quiet(x, -design)["slope"], named)
 
 
 def test_covariates_by_a_function():
