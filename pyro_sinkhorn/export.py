@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from typing import Any
 
+import numpy as np
 import pyro.distributions as dist
 from torch import Tensor, nn
 
@@ -179,7 +180,7 @@ class _Export:
         groups["prior"] = self._group({name: prior[name] for name in (*self.latents, *self.computed)})
         groups["prior_predictive"] = self._group({name: prior[name] for name in self.data})
         groups["observed_data"] = {
-            name: self.layouts[name].labelled(name, as_array(with_gaps(self.sites[site])), False)
+            name: self.layouts[name].labelled(name, self._array(name, with_gaps(self.sites[site])), False)
             for name, site in self.data.items()
         }
         groups["constant_data"] = self._constants()
@@ -248,7 +249,15 @@ class _Export:
 
     def _group(self, draws: dict[str, Tensor], batch: bool = False) -> dict[str, Labelled]:
         layouts = {name: self.layouts[name].batch() if batch else self.layouts[name] for name in draws}
-        return {name: layouts[name].labelled(name, as_array(value), True) for name, value in draws.items()}
+        arrays = {name: as_array(v) if batch else self._array(name, v) for name, v in draws.items()}
+        return {name: layouts[name].labelled(name, array, True) for name, array in arrays.items()}
+
+    def _array(self, name: str, value: Tensor) -> np.ndarray:
+        """Values of a site. Of a discrete one as integers, which Pyro's counts are not: ArviZ goes by the type."""
+        fn = self.sites[self.data.get(name, name)]["fn"]
+        if getattr(fn.support, "is_discrete", False) and bool((value == value.round()).all()):
+            value = value.long()
+        return as_array(value)
 
     def _constants(self) -> dict[str, Labelled]:
         """Tensors among the arguments that are not data. One as long as a plate belongs to it, as for ``fit``."""

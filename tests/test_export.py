@@ -301,6 +301,29 @@ def test_discrete_latents_and_counts():
     assert np.allclose(exported["log_likelihood"]["x"].values, expected)
 
 
+@pytest.mark.skipif(MODERN, reason="plots of ArviZ 0.2x")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::PendingDeprecationWarning")
+def test_counts_are_integers_and_drawn_as_such():
+    """Of numbers with a point ArviZ estimates a density: none is there where all draws of a data set are 0."""
+    import matplotlib.pyplot as plt
+
+    def rare(x):
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Bernoulli(0.5))
+            pyro.sample("x", dist.Poisson(0.1 + 0.1 * k), obs=x)
+
+    x = (torch.arange(N) == 3).double()
+    exported = export(rare, x, loss=TraceEnum_Sinkhorn(match_size=4))
+    for group in ("prior_predictive", "posterior_predictive", "observed_data"):
+        assert exported[group]["x"].dtype.kind == "i"
+    assert exported["prior"]["k"].dtype.kind == exported["encoder_draws"]["k"].dtype.kind == "i"
+    assert exported["log_likelihood"]["x"].dtype.kind == "f"
+    assert np.array_equal(exported["observed_data"]["x"].values, x.numpy())
+    assert (exported["posterior_predictive"]["x"].values.sum(-1) == 0).any()
+    az.plot_ppc(exported)
+    plt.close("all")
+
+
 def test_several_observed_sites(x):
     def model(x, y):
         with pyro.plate("data", len(x)):

@@ -51,7 +51,8 @@ def c2st(x: Sample, y: Sample, seed: int = 0, num_folds: int = 5) -> C2STResult:
     A weak classifier says .5 of anything: read the value beside one between clouds that you know to differ.
 
     :param x: the reference, ``(n, *event)``, or a dictionary of those by site, which is compared jointly
-    :param y: as many columns as ``x``; as many rows for the null band to hold
+    :param y: as many columns as ``x``. Of unequal numbers of rows the longer sample is cut, at random: always guessing it
+        would be right more than half of the time
     :param seed: of the folds and the networks; sbibm's is 1
     :param num_folds: parts of the cross-validation
     :raises ProgramError: samples that do not go together, or too small
@@ -73,12 +74,18 @@ def c2st(x: Sample, y: Sample, seed: int = 0, num_folds: int = 5) -> C2STResult:
         ) from error
     num_folds = checked_integer("num_folds", num_folds, 2)
     left, right = _rows(x, "x"), _rows(y, "y")
+    rng = torch.Generator().manual_seed(seed)
     if left.shape[1] != right.shape[1]:
         raise ProgramError(
             f"x has {left.shape[1]} columns and y {right.shape[1]}: both must be of the same sites"
         )
     if min(len(left), len(right)) < num_folds:
         raise ProgramError(f"samples of {len(left)} and {len(right)} cannot be cut into {num_folds} folds")
+    rows = min(len(left), len(right))
+    left, right = (
+        part if len(part) == rows else part[torch.randperm(len(part), generator=rng)[:rows]]
+        for part in (left, right)
+    )
     centre, scale = left.mean(0), left.std(0)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     points = ((torch.cat([left, right]) - centre) / scale).numpy()
@@ -109,7 +116,9 @@ def _rows(sample: Sample, name: str) -> Tensor:
         raise ProgramError(
             f"the sites of {name} have {[len(part) for part in parts]} rows: expected as many in each"
         )
-    rows = torch.cat([part.detach().cpu().double().reshape(len(part), -1) for part in parts], -1)
+    rows = torch.cat(
+        [part.detach().cpu().double().reshape(len(part), math.prod(part.shape[1:])) for part in parts], -1
+    )
     if not bool(rows.isfinite().all()):
         raise NonFiniteError(f"{name}, shape {tuple(rows.shape)}, has NaN or infinite values")
     return rows

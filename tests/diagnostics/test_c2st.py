@@ -40,6 +40,13 @@ def test_sites_are_compared_jointly():
     assert c2st(joined, apart).value > 0.8
 
 
+def test_the_longer_sample_is_cut():
+    """Else guessing it at every point would be right in nine cases of ten."""
+    result = c2st(torch.randn(100, 1), torch.randn(900, 1))
+    assert result.null_sd == pytest.approx(0.5 / math.sqrt(200))
+    assert abs(result.value - 0.5) < 5 * result.null_sd
+
+
 def test_units_do_not_matter():
     x, y = torch.randn(200, 2), torch.randn(200, 2) + 1
     scale = torch.tensor([1e6, 1e-6])
@@ -54,6 +61,7 @@ def test_units_do_not_matter():
         (torch.zeros(9, 2), torch.zeros(9, 3), ProgramError, "x has 2 columns and y 3"),
         (torch.zeros(4, 2), torch.zeros(9, 2), ProgramError, "samples of 4 and 9 cannot be cut into 5 folds"),
         (torch.zeros(()), torch.zeros(9, 2), ProgramError, "x is no sample"),
+        (torch.zeros(0, 2), torch.zeros(9, 2), ProgramError, "samples of 0 and 9 cannot be cut into 5 folds"),
         ({}, {}, ProgramError, "x is no sample"),
         ({"a": torch.zeros(3), "b": torch.zeros(4)}, {}, ProgramError, r"the sites of x have \[3, 4\] rows"),
         (torch.full((9, 1), torch.nan), torch.zeros(9, 1), NonFiniteError, "x, shape .* has NaN"),
