@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyro_sinkhorn.averaging import Average, Keeper
-from pyro_sinkhorn.errors import NonFiniteError, ProgramError, checked_integer
+from pyro_sinkhorn.errors import NonFiniteError, ProgramError, checked_integer, is_number
 from pyro_sinkhorn.guide.auto_implicit import AutoImplicit
 from pyro_sinkhorn.guide.auto_posterior import AutoPosterior
 from pyro_sinkhorn.losses.trace_energy_score import Trace_EnergyScore
@@ -147,8 +147,10 @@ def calibrate(
     num_steps = checked_integer("num_steps", num_steps, num_rounds)
     if num_simulations is not None:
         num_simulations = checked_integer("num_simulations", num_simulations, 2 * num_rounds)
-    if not 0 < prior_share <= 1:
-        raise ProgramError(f"prior_share is {prior_share}: expected a number above 0 and at most 1")
+    if not (is_number(prior_share) and 0 < prior_share <= 1):
+        raise ProgramError(f"prior_share is {prior_share!r}: expected a number above 0 and at most 1")
+    if not (is_number(lr) and lr > 0):
+        raise ProgramError(f"lr is {lr!r}: expected a positive number")
     if num_rounds > 1 and sizes is not None:
         raise ProgramError("num_rounds looks at one data set, sizes= at many: give one of the two")
     simulations = Simulations(model, calibration.loss, args, kwargs, num_simulations, sizes)

@@ -192,6 +192,10 @@ class Simulations:
 
 
 def _check_sizes(sizes: tuple[int, int], structure: Structure, rows_follow: bool) -> None:
+    if not (isinstance(sizes, tuple | list) and len(sizes) == 2):
+        raise ProgramError(
+            f"sizes is {sizes!r}: expected two integers, the smallest and the largest number of data in a data set"
+        )
     low, high = sizes
     checked_integer("sizes[0]", low, 1)
     checked_integer("sizes[1]", high, low)

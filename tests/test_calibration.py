@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import Predictive
+from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
 from pyro_sinkhorn import (
@@ -283,7 +284,12 @@ def test_covariates_stay_with_the_latents_that_they_tell_of():
         ({"num_rounds": 0}, "num_rounds is 0"),
         ({"num_simulations": 1}, "num_simulations is 1"),
         ({"prior_share": 0.0, "num_rounds": 2}, "prior_share is 0.0"),
+        ({"prior_share": "all", "num_rounds": 2}, "prior_share is 'all'"),
+        ({"lr": 0.0}, "lr is 0.0: expected a positive number"),
+        ({"lr": "fast"}, "lr is 'fast'"),
         ({"sizes": (2, 5)}, "sizes= is for programs with globals"),
+        ({"sizes": 5}, "sizes is 5: expected two integers"),
+        ({"guide": AutoNormal}, r"AutoNormal gives the latents \['z'\] one law for all data"),
         ({"guide": lambda x: None}, "posterior guide is a function"),
         ({"loss": Trace_Sinkhorn()}, "expected an instance of Trace_EnergyScore"),
     ],

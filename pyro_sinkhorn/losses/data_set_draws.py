@@ -12,7 +12,6 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
@@ -39,18 +38,12 @@ def draws_of_data_sets(
     :raises ProgramError: the guide does not serve the model, naming the site
     :raises NonFiniteError: its draws are NaN or infinite
     """
-    if isinstance(guide, AutoGuide):
-        raise ProgramError(
-            f"the guide is a {type(guide).__name__}, which gives the globals {list(structure.globals)} one law for all data, "
-            "but this loss shows it many data sets: use AutoPosterior(model), whose globals are read off the data"
-        )
+    refuse_plain_globals(guide, structure)
     observed = find_observed(seen, structure, args, kwargs, dict(pairs.indices))
     lazy = isinstance(guide, LazyGuide)
-    if lazy:
-        refuse_plain_globals(guide, structure)
-        if guide._structure is None:
-            with poutine.block(hide_types=["sample"]):
-                guide(*args, **kwargs)
+    if lazy and guide._structure is None:
+        with poutine.block(hide_types=["sample"]):
+            guide(*args, **kwargs)
     if lazy and vectorized and getattr(guide, "_encoder_input", None) is None:
         present = read_observed(observed, args, kwargs, dict(pairs.indices), lambda: seen).present
         values = {name: pairs.values[name] for name in structure.data}

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import pyro
 import torch
 from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
@@ -333,12 +334,17 @@ def _check_moments(relative: frozenset[str], pairs: Pairs) -> None:
 
 
 def refuse_plain_globals(guide: Any, structure: Structure) -> None:
-    """A guide whose globals do not depend on the data learns nothing from many data sets.
+    """A guide whose latents do not depend on the data learns nothing from many data sets. Pyro's own are such guides.
 
     :raises ProgramError: naming one that does
     """
-    if isinstance(guide, AutoImplicit) and structure.globals:
+    if isinstance(guide, AutoGuide) or (isinstance(guide, AutoImplicit) and structure.globals):
+        what = (
+            f"globals {list(structure.globals)}"
+            if structure.globals
+            else f"latents {list(structure.latents)}"
+        )
         raise ProgramError(
-            f"AutoImplicit gives the globals {list(structure.globals)} one law for all data, but this loss shows it many "
-            "data sets: use AutoPosterior(model), whose globals are read off the data"
+            f"{type(guide).__name__} gives the {what} one law for all data, but this loss shows it many data sets: use "
+            "AutoPosterior(model), which reads them off the data"
         )

@@ -14,7 +14,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_sinkhorn.distributions.implicit import Implicit
-from pyro_sinkhorn.errors import NonFiniteError, checked_integer
+from pyro_sinkhorn.errors import NonFiniteError, checked_integer, is_number
 from pyro_sinkhorn.guide.auto_posterior import AutoPosterior
 from pyro_sinkhorn.losses.base import SinkhornLoss, Terms
 from pyro_sinkhorn.losses.call import Call
@@ -139,14 +139,14 @@ class Trace_EnergyScore(SinkhornLoss):
             checked_integer("wake_steps", wake_steps, 4)
         if num_simulations is not None:
             checked_integer("num_simulations", num_simulations, 1)
-        if not 0 < beta < 2:
+        if not (is_number(beta) and 0 < beta < 2):
             raise ValueError(
-                f"beta is {beta}: expected a number between 0 and 2, both excluded (at 2 only means would count)"
+                f"beta is {beta!r}: expected a number between 0 and 2, both excluded (at 2 only means would count)"
             )
-        if not (prior_weight >= 0 and math.isfinite(prior_weight)):
-            raise ValueError(f"prior_weight is {prior_weight}: expected a number of at least 0")
-        if resolution is not None and not (resolution > 0 and math.isfinite(resolution)):
-            raise ValueError(f"resolution is {resolution}: expected a positive number, or None")
+        if not (is_number(prior_weight) and prior_weight >= 0):
+            raise ValueError(f"prior_weight is {prior_weight!r}: expected a number of at least 0")
+        if resolution is not None and not (is_number(resolution) and resolution > 0):
+            raise ValueError(f"resolution is {resolution!r}: expected a positive number, or None")
         super().__init__(LatentMatch(MatchOptions()), num_particles, False, max_plate_nesting, retain_graph)
         self.num_draws, self.beta, self.resolution = num_draws, beta, resolution
         self.wake, self.wake_steps = wake, wake_steps

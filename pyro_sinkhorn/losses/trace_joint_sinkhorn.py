@@ -2,7 +2,6 @@ r"""Optimal transport between the joints over data and latents, as a loss for :c
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,7 +11,7 @@ from pyro.infer.util import torch_item
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
-from pyro_sinkhorn.errors import NonFiniteError, checked_integer
+from pyro_sinkhorn.errors import NonFiniteError, checked_integer, is_number
 from pyro_sinkhorn.guide.auto_posterior import AutoPosterior
 from pyro_sinkhorn.losses.base import SinkhornLoss, Terms, mean_terms
 from pyro_sinkhorn.losses.covariates import Covariates
@@ -170,8 +169,8 @@ class Trace_JointSinkhorn(SinkhornLoss):
         max_plate_nesting: float = float("inf"),
         retain_graph: bool | None = None,
     ) -> None:
-        if not (data_weight > 0 and math.isfinite(data_weight)):
-            raise ValueError(f"data_weight is {data_weight}: expected a positive number")
+        if not (is_number(data_weight) and data_weight > 0):
+            raise ValueError(f"data_weight is {data_weight!r}: expected a positive number")
         if scale not in ("site", "column", None):
             raise ValueError(f"scale is {scale!r}: expected 'site', 'column' or None")
         if not (covariates in ("warn", "auto", None) or callable(covariates)):

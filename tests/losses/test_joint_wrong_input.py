@@ -135,9 +135,7 @@ def test_data_of_the_wrong_shape_or_kind():
             z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
             pyro.sample("x", Implicit(z[:, :1], event_dim=1), obs=x)
 
-    with pytest.raises(
-        ProgramError, match=r"'x': the data have shape \(16, 2\), the simulated data \(16, 1\)"
-    ):
+    with pytest.raises(ProgramError, match=r"'x': data of shape \(16, 2\), expected \(16, 1\)"):
         value(program, guide_of(lambda x: x), X)
     with pytest.raises(ProgramError, match=r"'x': the data are torch.float32"):
         value(model, guide_of(lambda x: x.double()), X.float())
@@ -208,6 +206,9 @@ def test_a_cost_of_a_site_that_is_none():
         {"features": {"x": 3}},
         {"cost": LearnedCost(nn.Linear(2, 2))},
         {"match_size": 0},
+        {"num_particles": 0},
+        {"data_weight": "much"},
+        {"relative_epsilon": "small"},
         {"debias": "both"},
     ],
 )
