@@ -29,6 +29,7 @@ from __future__ import annotations
 import argparse
 import base64
 import functools
+import itertools
 import json
 import time
 import warnings
@@ -61,7 +62,7 @@ METHODS = ("untrained", "ours", "ours, default", "published", "converged", "same
 SETTINGS: dict[str, dict[str, Any]] = {
     "square": {"epsilon": 1e-3, "batch": 128, "steps": 500, "lr": 5e-3, "hidden": 50},
     "sphere": {"epsilon": 1e-3, "batch": 128, "steps": 500, "lr": 5e-3, "hidden": 50},
-    "mnist": {"epsilon": 0.5, "batch": 256, "steps": 800, "lr": 2e-3, "hidden": 256},
+    "mnist": {"epsilon": 0.5, "batch": 256, "steps": 500, "lr": 2e-3, "hidden": 256},
 }
 PRIORS: dict[str, Callable[[], Any]] = {
     "square": lambda: dist.Uniform(torch.zeros(2), torch.ones(2)).to_event(1),
@@ -332,18 +333,17 @@ def main() -> None:
     rows = Rows(
         NAME, SETTINGS, ("space", "method", "seed"), keep=not smoke, packages=["scikit-learn"], show=show
     )
-    for space in options.only or SETTINGS:
-        data = Data(space, None if smoke else options.data_dir)
+    spaces = {space: Data(space, None if smoke else options.data_dir) for space in options.only or SETTINGS}
+    for space, data in spaces.items():
         measure = functools.partial(reference, space, data)
         rows.make(measure, space=space, method="reference", seed=REFERENCE_SEED)
-        for method in METHODS:
-            # L = 50 is for comparison alone: the paper's maps went to convergence.
-            if method == "published" and space != "square":
-                continue
-            for seed in [0] if smoke else options.seeds:
-                steps = 2 if smoke else None
-                fit = functools.partial(run, method, space, seed, data, steps)
-                rows.make(fit, space=space, method=method, seed=seed)
+    steps, seeds = (2, [0]) if smoke else (None, options.seeds)
+    for seed, (space, data), method in itertools.product(seeds, spaces.items(), METHODS):
+        # L = 50 is for comparison alone: the paper's maps went to convergence.
+        if method == "published" and space != "square":
+            continue
+        fit = functools.partial(run, method, space, seed, data, steps)
+        rows.make(fit, space=space, method=method, seed=seed)
     measure = functools.partial(agreement, SETTINGS["square"]["batch"], smoke)
     rows.make(measure, space="square", method="agreement", seed=AGREEMENT_SEED)
     if not smoke:
