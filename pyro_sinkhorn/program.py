@@ -19,6 +19,7 @@ from pyro_sinkhorn.fitting import Callback, FitOptions
 from pyro_sinkhorn.losses.base import SinkhornLoss
 from pyro_sinkhorn.losses.trace_energy_score import Trace_EnergyScore
 from pyro_sinkhorn.modules import Owned, shared_copy, training_mode
+from pyro_sinkhorn.notebook import program_html
 from pyro_sinkhorn.parts import checked_parts, guide_for, loss_for
 from pyro_sinkhorn.persistence import Persistent
 from pyro_sinkhorn.queries import Queries
@@ -281,6 +282,9 @@ class SinkhornProgram(Queries, Persistent):
     def __repr__(self) -> str:
         guide = getattr(self.guide, "__name__", type(self.guide).__name__)
         return f"SinkhornProgram({self._name()}, {guide}, {type(self.loss).__name__}, {self.num_steps} steps)"
+
+    def _repr_html_(self) -> str:
+        return program_html(self)
 
     def _name(self) -> str:
         return getattr(self.model, "__name__", type(self.model).__name__)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,8 +22,8 @@ from pyro_sinkhorn.losses.base import SinkhornLoss
 from pyro_sinkhorn.losses.trace_energy_score import Trace_EnergyScore
 from pyro_sinkhorn.modules import training_mode
 from pyro_sinkhorn.refinement import Refined, refine
-from pyro_sinkhorn.rng import RandomStream
-from pyro_sinkhorn.sampling import encoder_draws, posterior_draws, program_draws
+from pyro_sinkhorn.rng import RandomStream, undisturbed
+from pyro_sinkhorn.sampling import as_matrix, encoder_draws, posterior_draws, program_draws
 
 
 class Queries:
@@ -50,6 +51,20 @@ class Queries:
         args, kwargs = self._inputs(args, kwargs)
         with self._evaluating(seed, args, kwargs):
             return encoder_draws(self.guide, num_samples, args, kwargs)
+
+    def transform(self, *args: Any, seed: int | None = 0, **kwargs: Any) -> np.ndarray:
+        """One encoder draw as a matrix with a row a datum, as scikit-learn's estimators expect: ``(n, columns)``.
+
+        Local latents side by side, in the program's order; what a datum has several of (inner plates, vectors) is flattened.
+        Latents outside the data have no row, and are left out.
+
+        :param seed: of the encoder's noise, so that equal data give equal codes; None draws anew
+        :raises ProgramError: no latent belongs to a datum
+        """
+        draws = self.encode(*args, seed=seed, **kwargs)
+        args, kwargs = self._inputs(args, kwargs)
+        with self._evaluating(None, args, kwargs), undisturbed():
+            return as_matrix(self.model, draws, args, kwargs)
 
     @property
     def has_posterior(self) -> bool:

@@ -6,9 +6,10 @@ the prior cloud; both stop after the last latent, so that the decoder does not r
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import pyro.distributions as dist
@@ -78,6 +79,25 @@ class Resample(Messenger):
 
 
 @contextmanager
+def before_every_module(act: Callable[[torch.nn.Module, Any], None]) -> Iterator[None]:
+    """Call a function before the forward of every module inside; compiled networks run uncompiled meanwhile.
+
+    torch.compile would trace the function as a part of the network.
+    """
+    hook = register_module_forward_pre_hook(act)
+    try:
+        with ExitStack() as stack:
+            if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled, and set_stance would load it
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+                # A warning that the function is called twice for a compiled network; none of ours minds.
+                stack.enter_context(warnings.catch_warnings())
+                warnings.filterwarnings("ignore", message=r"Using `torch.compile\(module\)` when there are")
+            yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
 def preserved_buffers() -> Iterator[None]:
     """Let modules change their buffers (BatchNorm statistics) inside, and put the old ones back on leaving.
 
@@ -93,11 +113,10 @@ def preserved_buffers() -> Iterator[None]:
                 if buffer is not None:
                     module._buffers[name] = buffer.clone()
 
-    hook = register_module_forward_pre_hook(swap)
     try:
-        yield
+        with before_every_module(swap):
+            yield
     finally:
-        hook.remove()
         for module, buffers in originals.items():
             module._buffers.update(buffers)
 

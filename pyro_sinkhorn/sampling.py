@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -21,7 +22,7 @@ from pyro_sinkhorn.guide.lazy import LazyGuide
 from pyro_sinkhorn.losses.side_by_side import DRAWS_OF_GUIDE, ROWS_AT_ONCE, draws_in_plate, vectorises
 from pyro_sinkhorn.runs import run_model
 from pyro_sinkhorn.scoring import run_guide
-from pyro_sinkhorn.structure import is_data, is_latent, nesting_of, sample_sites, structure_of
+from pyro_sinkhorn.structure import is_data, is_latent, nesting_of, plates_of, sample_sites, structure_of
 
 
 def encoder_draws(guide: Callable[..., Any], num_samples: Any, args: Any, kwargs: Any) -> dict[str, Tensor]:
@@ -49,6 +50,28 @@ def encoder_draws(guide: Callable[..., Any], num_samples: Any, args: Any, kwargs
                 )
             )
     return stacked
+
+
+def as_matrix(model: Callable[..., Any], draws: dict[str, Tensor], args: Any, kwargs: Any) -> np.ndarray:
+    """The first draw of every local latent, a row for each slice of its outermost plate, side by side."""
+    trace = run_model(model, args, kwargs)
+    structure = structure_of(trace)
+    columns = []
+    for name, value in draws.items():
+        if name not in structure.locals:
+            continue
+        site = trace.nodes[name]
+        outermost = plates_of(site)[0]
+        rows = value[0].movedim(outermost.dim - site["fn"].event_dim, 0)
+        columns.append(rows.reshape(len(rows), -1))
+    if not columns or len({len(part) for part in columns}) > 1:
+        sizes = {name: tuple(value.shape[1:]) for name, value in draws.items()}
+        raise ProgramError(
+            f"the latents {sizes} make no matrix with a row a datum: "
+            + ("none of them lies in a data plate" if not columns else "they lie in plates of unlike sizes")
+            + ". Take them from encode()"
+        )
+    return torch.cat([part.to(torch.get_default_dtype()) for part in columns], -1).cpu().numpy()
 
 
 def posterior_draws(

@@ -30,6 +30,7 @@ LAYERS = (
         "optimiser",
         "recovery",
         "averaging",
+        "notebook",
         "distributed",
     },
     {"scoring"},

@@ -13,13 +13,14 @@ from pyro_sinkhorn.diagnostics.matching import GroupReport, MatchReport
 from pyro_sinkhorn.diagnostics.simulated_posterior import posterior_of_simulations
 from pyro_sinkhorn.diagnostics.simulated_range import RangeReport, simulated_range
 from pyro_sinkhorn.errors import checked_integer
+from pyro_sinkhorn.notebook import Printed
 
 #: Posterior draws of every simulation.
 _DRAWS = 99
 
 
 @dataclass(frozen=True)
-class PosteriorReport:
+class PosteriorReport(Printed):
     """How far a posterior guide can be believed.
 
     range:       whether the data lie where the program simulates
@@ -39,7 +40,7 @@ class PosteriorReport:
 
 
 @dataclass(frozen=True)
-class Diagnosis:
+class Diagnosis(Printed):
     """What :meth:`SinkhornProgram.diagnose <pyro_sinkhorn.SinkhornProgram.diagnose>` found; prints as tables.
 
     match:     reconstruction and match against noise floor, for losses that match clouds

@@ -24,6 +24,7 @@ from pyro_sinkhorn.losses.simulation import Simulation
 from pyro_sinkhorn.losses.trace_data_sinkhorn import Trace_DataSinkhorn
 from pyro_sinkhorn.losses.trace_joint_sinkhorn import Trace_JointSinkhorn
 from pyro_sinkhorn.losses.trace_sinkhorn import Trace_Sinkhorn
+from pyro_sinkhorn.notebook import Printed
 from pyro_sinkhorn.runs import run_model, subsamples
 from pyro_sinkhorn.scoring import (
     check_guide,
@@ -57,7 +58,7 @@ class GroupReport:
 
 
 @dataclass(frozen=True)
-class MatchReport:
+class MatchReport(Printed):
     """What :func:`match_report` measured; prints as a table.
 
     reconstruction:  -log p(x | z) per datum; None without a likelihood

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from pyro import poutine
 from torch import nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_sinkhorn.reachable import find_modules
-from pyro_sinkhorn.runs import preserved_buffers
+from pyro_sinkhorn.runs import before_every_module, preserved_buffers
 from pyro_sinkhorn.scoring import run_guide, run_scored
 
 
@@ -25,11 +24,8 @@ def recorded_modules() -> Iterator[dict[nn.Module, None]]:
     def record(module: nn.Module, _args: Any) -> None:
         called[module] = None
 
-    hook = register_module_forward_pre_hook(record)
-    try:
+    with before_every_module(record):
         yield called
-    finally:
-        hook.remove()
 
 
 def warn_of_untrained(
