@@ -388,6 +388,20 @@ def stubborn(x):
         pyro.sample("x", dist.Normal(Reshaping()(z), 1.0).to_event(1), obs=x)
 
 
+def test_globals_of_a_model_without_room_for_chains_come_in_predictives_shapes():
+    """One dimension more than the model's own, which ``t()`` of a matrix product does not take."""
+    features, y = torch.randn(6, 2), torch.randn(6)
+
+    def line(y):
+        weight = pyro.sample("weight", dist.Normal(torch.zeros(1, 2), 1.0).to_event(2))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal((features @ weight.t()).squeeze(-1), 1.0), obs=y)
+
+    draws = {"weight": torch.randn(5, 1, 1, 2)}
+    refined = refine(line, draws, y, num_steps=8, seed=0, parallel=False)
+    assert refined.draws["weight"].shape == (5, 1, 1, 2) and not refined.parallel
+
+
 def test_a_model_without_room_for_chains_runs_them_one_by_one():
     x = torch.tensor([[1.0, 2.0], [0.0, -3.0]])
     draws = {"z": torch.randn(60, 2)}

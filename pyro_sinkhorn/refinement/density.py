@@ -211,7 +211,8 @@ class Density:
         with torch.no_grad():
             chains = range(len(_any(coordinates)))
             batches = [coordinates] if self.parallel else [_chain(coordinates, i) for i in chains]
-            traces = [self._run(_Constrain(batch), batch, self.parallel) for batch in batches]
+            shaped = batches if self.parallel else [self._single(batch) for batch in batches]
+            traces = [self._run(_Constrain(values), values, self.parallel) for values in shaped]
         return {
             name: torch.cat(
                 [self._padded(name, _lead(t.nodes[name]["value"], self.parallel)) for t in traces]
