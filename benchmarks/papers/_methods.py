@@ -41,16 +41,26 @@ ELBO_METHODS = ("vae", "beta-vae")
 FIXED = ("nat", "sae-v1-fixed")
 
 
-class Encoder(nn.Sequential):
-    """Two hidden layers, as ``AutoImplicit``'s own but for the standardisation of pixels and the width."""
+class Encoder(nn.Module):
+    """Two hidden layers on centred pixels; uncentred, all images begin with nearly the same code.
+
+    :param mean: the mean of the training images
+    """
 
     width = 256
+    mean: Tensor
 
-    def __init__(self, num_pixels: int) -> None:
+    def __init__(self, mean: Tensor) -> None:
+        super().__init__()
         width = self.width
-        super().__init__(
-            nn.Linear(num_pixels, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.LayerNorm(width)
+        self.register_buffer("mean", mean)
+        self.layers = nn.Sequential(
+            nn.Linear(len(mean), width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.LayerNorm(width)
         )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images to codes of that width; pixels have a standard deviation of about .3."""
+        return self.layers(3 * (x - self.mean))
 
 
 def make_loss(method: str, weight: float, mean_cost: float, num_data: int, **options: Any) -> Trace_Sinkhorn:
@@ -83,21 +93,21 @@ def make_program(
     *,
     dim: int,
     sphere: bool,
-    num_pixels: int,
-    num_data: int,
+    train: Tensor,
     **options: Any,
 ) -> SinkhornProgram:
     """A program with the guide and the loss of a method; those of ``FIXED`` take the numbers of the data as well.
 
     :param sphere: whether the prior is uniform on the sphere; else it is a standard normal
+    :param train: the training images
     :param options: further ones of ``Trace_Sinkhorn``
     """
-    encoder = Encoder(num_pixels)
+    encoder = Encoder(train.mean(0))
     if method in ELBO_METHODS:
         guide = VonMisesFisherGuide(dim, encoder) if sphere else NormalGuide(dim, encoder=encoder)
         scaled = ScaleSite("z", weight)
         return SinkhornProgram(scaled(model), scaled(guide), TraceMeanField_ELBO())
-    loss = make_loss(method, weight, 2.0 if sphere else 2.0 * dim, num_data, **options)
+    loss = make_loss(method, weight, 2.0 if sphere else 2.0 * dim, len(train), **options)
 
     def numbered(x: Tensor, numbers: Tensor) -> None:
         model(x)
