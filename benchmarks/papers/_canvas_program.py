@@ -161,10 +161,10 @@ class PowerSpherical(TorchDistribution):
     .. math:: p(x) = \frac{(1+\langle\mu,x\rangle)^\kappa}{2^{a+b}\,\pi^b\,\Gamma(a)/\Gamma(a+b)},
         \qquad b = \tfrac{d-1}2, \quad a = b + \kappa.
 
-    De Cao and Aziz 2020, *The power spherical distribution*.
+    De Cao and Aziz 2020, *The power spherical distribution*. Concentration 0, which a heavy KL term leads to, is uniform.
     """
 
-    arg_constraints = {"loc": constraints.sphere, "concentration": constraints.positive}
+    arg_constraints = {"loc": constraints.sphere, "concentration": constraints.nonnegative}
     support = constraints.sphere
     has_rsample = True
 
