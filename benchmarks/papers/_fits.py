@@ -13,6 +13,7 @@ norm            mean length of a code over that of a prior draw
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import time
@@ -139,11 +140,22 @@ def measure(
 
 
 def run(
-    prior: str, method: str, weight: float, seed: int, steps: int, part: str, data_dir: str | None
+    prior: str,
+    method: str,
+    weight: float,
+    seed: int,
+    steps: int,
+    part: str,
+    data_dir: str | None,
+    num_train: int | None = None,
 ) -> dict[str, Any]:
-    """Fit once and measure on ``part``, ``"validation"`` or ``"test"``."""
+    """Fit once and measure on ``part``, ``"validation"`` or ``"test"``.
+
+    :param num_train: fit to so many training images, the first; by default to all
+    """
     split, judge = data(data_dir)
-    program, seconds = fit(prior, method, weight, seed, steps, split)
+    fitted_to = dataclasses.replace(split, train=split.train[:num_train], y_train=split.y_train[:num_train])
+    program, seconds = fit(prior, method, weight, seed, steps, fitted_to)
     held = split.validation if part == "validation" else split.test
     return measure(program, prior, method, held, judge) | {"fit_cpu_seconds": seconds}
 
