@@ -265,7 +265,7 @@ def agreement(batch: int, smoke: bool) -> dict[str, Any]:
     return out
 
 
-def show(row: dict[str, Any]) -> None:
+def show_row(row: dict[str, Any]) -> None:
     """One line, without the map."""
     print({name: entry for name, entry in row.items() if name != "map"}, flush=True)
 
@@ -331,7 +331,7 @@ def main() -> None:
     if options.data_dir is None and not smoke:
         parser.error("give --data-dir, the folder of mnist.npz")
     rows = Rows(
-        NAME, SETTINGS, ("space", "method", "seed"), keep=not smoke, packages=["scikit-learn"], show=show
+        NAME, SETTINGS, ("space", "method", "seed"), keep=not smoke, packages=["scikit-learn"], show=show_row
     )
     spaces = {space: Data(space, None if smoke else options.data_dir) for space in options.only or SETTINGS}
     for space, data in spaces.items():
