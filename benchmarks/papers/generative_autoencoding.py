@@ -23,7 +23,18 @@ import random
 from typing import Any
 
 import _path  # noqa: F401 (the folder above)
-from _fits import BATCH, LEARNING_RATE, MATCH_SIZE, PRIORS, choose, frechet_floor, mmd_floor, prepare, run
+from _fits import (
+    BATCH,
+    LEARNING_RATE,
+    MATCH_SIZE,
+    PRIORS,
+    choose,
+    frechet_floor,
+    mmd_floor,
+    prepare,
+    run,
+    show,
+)
 from _resume import Rows
 
 NAME = "papers_generative_autoencoding"
@@ -121,13 +132,12 @@ def main() -> None:
         "weights": WEIGHTS,
         "reconstruction_limit": LIMIT,
     }
-    rows = Rows(
-        NAME, settings, ("prior", "method", "weight", "seed", "part"), not options.smoke_test, ["scipy"]
-    )
+    keys = ("prior", "method", "weight", "seed", "part")
+    rows = Rows(NAME, settings, keys, not options.smoke_test, ["scipy"], show)
     if options.figure:
         from _autoencoding_figure import draw
 
-        draw(rows.rows, options)
+        draw(rows.rows)
         return
     floor_rows(rows, options)
     for prior in options.priors:

@@ -17,7 +17,7 @@ import functools
 import random
 
 import _path  # noqa: F401 (the folder above)
-from _fits import BATCH, LEARNING_RATE, MATCH_SIZE, prepare, run
+from _fits import BATCH, LEARNING_RATE, MATCH_SIZE, prepare, run, show
 from _resume import Rows
 
 NAME = "papers_targets"
@@ -50,7 +50,7 @@ def main() -> None:
         "learning_rate": LEARNING_RATE,
         "num_train": NUM_TRAIN,
     }
-    rows = Rows(NAME, settings, ("method", "beta", "seed"), not options.smoke_test, ["scipy"])
+    rows = Rows(NAME, settings, ("method", "beta", "seed"), not options.smoke_test, ["scipy"], show)
     # Seed by seed, so that a run that is stopped has whole tables; several processes share each in different orders.
     for seed in options.seeds:
         jobs = [(method, beta) for method in METHODS for beta in BETAS[: 1 if options.smoke_test else 2]]
