@@ -102,3 +102,14 @@ def test_energy_distance_is_zero_between_equal_laws(part):
     far = energy(images[0], images[1] + 1)
     gap = avg_pool2d(torch.ones(1, 1, 16, 16), 4).norm()
     assert far > gap
+
+
+def test_digits_are_judged_where_mnist_has_them(part):
+    standard = part("measures").standard
+    digit = torch.zeros(1, 28, 28)
+    digit[0, 4:24, 9:19] = 1  # 20 high, its middle in the middle
+    assert torch.allclose(standard(digit, 28), digit, atol=1e-5)
+    half = torch.zeros(1, 28, 28)
+    half[0, 1:11, 20:25] = 1  # half as large, and elsewhere
+    # Only the row of pixels next to the edge is blurred by the interpolation.
+    assert (standard(half, 28) - digit).abs().mean() < 0.05
