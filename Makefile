@@ -5,6 +5,8 @@ PYTHON ?= python3
 # Installed before anything else. Another build, say the one without CUDA:
 #   make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' constraints.txt)
+# Processes that share the tests; 0 for none, to debug in.
+WORKERS ?= logical
 # benchmarks/<name>.py, run without arguments, writes benchmarks/results/<name>.json
 BENCHMARKS ?= no_shrinkage ot_accuracy digits globals_and_dependence svi_step_cost \
 	unrolled_gradients iris_ellipsoids simulator_recovery \
@@ -17,7 +19,7 @@ STAMP := $(VENV)/.stamp
 # The warning tells of folders that could shadow the editable install; here they are the package itself.
 INSTALL = PYTHONWARNINGS="ignore:Editable installation" $(PY) -m pip install --quiet --constraint $(VENV)/constraints.txt
 
-.PHONY: help quickstart test lint test-slow bench clean
+.PHONY: help quickstart test lint test-slow bench docs clean
 
 help: ## what can be made
 	@awk -F ':|## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$3}' $(firstword $(MAKEFILE_LIST))
@@ -26,7 +28,7 @@ quickstart: $(STAMP)-examples ## install, and run examples/quickstart.py
 	@$(PY) examples/quickstart.py
 
 test: $(STAMP)-dev ## the tests, without the slow ones
-	@$(PY) -m pytest -q -m "not slow" $(PYTEST_ARGS)
+	@$(PY) -m pytest -q -m "not slow" -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 test-slow: $(STAMP)-dev ## the slow tests
 	@$(PY) -m pytest -q -m slow --timeout 3600 $(PYTEST_ARGS)
@@ -37,6 +39,10 @@ lint: $(STAMP)-dev ## style, formatting, types
 	$(PY) -m ruff format --check . || status=1; \
 	$(PY) -m mypy || status=1; \
 	exit $$status
+
+docs: $(STAMP)-docs ## the documentation, in build/docs/html; warnings are errors
+	@$(PY) -m sphinx -q -W --keep-going -b html -d build/docs/doctrees docs build/docs/html
+	@echo "build/docs/html/index.html"
 
 bench: $(STAMP)-benchmarks ## the benchmarks; results in benchmarks/results/
 	@mkdir -p benchmarks/results
@@ -83,6 +89,11 @@ $(STAMP)-examples: $(STAMP)-torch $(PACKAGING)
 $(STAMP)-dev: $(STAMP)-torch $(PACKAGING)
 	@echo "Installing pyro_sinkhorn and what its tests need"
 	@$(INSTALL) --editable ".[examples]" --group dev
+	@touch $@
+
+$(STAMP)-docs: $(STAMP)-torch $(PACKAGING)
+	@echo "Installing pyro_sinkhorn and what its documentation needs"
+	@$(INSTALL) --editable ".[examples]" --group docs
 	@touch $@
 
 $(STAMP)-benchmarks: $(STAMP)-torch $(PACKAGING)
