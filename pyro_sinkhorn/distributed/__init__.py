@@ -7,7 +7,7 @@
 """
 
 from pyro_sinkhorn.distributed.gradients import sum_gradients
-from pyro_sinkhorn.distributed.group import Ranks, alone, processes, rank, running, size
+from pyro_sinkhorn.distributed.group import Ranks, alone, is_first, processes, rank, running, size
 from pyro_sinkhorn.distributed.shared_step import SharedStep, active, shared_step
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "SharedStep",
     "active",
     "alone",
+    "is_first",
     "processes",
     "rank",
     "running",

@@ -6,7 +6,9 @@ turned into a :class:`~pyro_sinkhorn.errors.LostRankError` that does.
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,6 +22,8 @@ from torch import Tensor
 from pyro_sinkhorn.errors import LostRankError, ProgramError
 
 _ALONE: ContextVar[bool] = ContextVar("alone", default=False)
+#: Evaluations that this process has shared with the others of its group.
+_SHARED = itertools.count(1)
 
 
 @contextmanager
@@ -65,6 +69,8 @@ def processes(timeout: float = 60.0, backend: str | None = None) -> Iterator[int
             f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} could not join the others at {os.environ['MASTER_ADDR']}"
             f":{os.environ['MASTER_PORT']} within {timeout:g} s ({_first_line(error)}): look whether all were started"
         ) from error
+    global _SHARED
+    _SHARED = itertools.count(1)
     try:
         yield dist.get_rank()
     finally:
@@ -96,6 +102,20 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+def is_first() -> bool:
+    """Whether this process is to write files and show progress: rank 0, or one that works alone.
+
+    >>> is_first()
+    True
+    """
+    return rank() == 0 or not running()
+
+
+def next_evaluation() -> int:
+    """Number of the evaluation that is about to be shared."""
+    return next(_SHARED)
+
+
 def size() -> int:
     """How many processes there are."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -104,7 +124,7 @@ def size() -> int:
 class Ranks:
     """All processes, as one of them sees them. Whatever is called here, every process must call.
 
-    :param when: said in errors: ``"step 12"``
+    :param when: said in errors: ``"at the start of fit"``
     """
 
     def __init__(self, when: str = "") -> None:
@@ -162,6 +182,10 @@ class Ranks:
             dist.all_gather_object(held, value)
         return held
 
+    def any(self, flag: bool, doing: str) -> bool:
+        """Whether it is true on any rank."""
+        return bool(self.summed(torch.tensor(float(flag)), doing) > 0)
+
     @contextmanager
     def _heard(self, doing: str) -> Iterator[None]:
         try:
@@ -170,8 +194,8 @@ class Ranks:
             when = f", {self.when}" if self.when else ""
             raise LostRankError(
                 f"rank {self.rank} of {self.size}{when}, {doing}: the others cannot be heard ({_first_line(error)}). One of "
-                "them has ended, hangs, or makes other calls than this one; its own output says more. Nothing was "
-                "learned in this step; end all processes and start them again"
+                "them has ended, hangs, or makes other calls than this one; its own output says more. End all processes and "
+                "start them again"
             ) from error
 
 
@@ -185,4 +209,4 @@ def _movable(tensor: Tensor) -> Tensor:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0][:200]
+    return re.sub(r"^\[[^]]*\] *", "", str(error).strip().partition("\n")[0]).partition(". This is")[0][:200]

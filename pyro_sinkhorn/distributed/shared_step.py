@@ -9,7 +9,6 @@ repeated by repeating rank 0's random state.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,33 +19,32 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
-from pyro_sinkhorn.distributed.group import Ranks
+from pyro_sinkhorn.distributed.group import Ranks, next_evaluation
 from pyro_sinkhorn.errors import LostRankError
 from pyro_sinkhorn.rng import undisturbed
 from pyro_sinkhorn.structure import PARTICLE_PLATE
 
 _ACTIVE: ContextVar[SharedStep | None] = ContextVar("shared_step", default=None)
-_NUMBERS = itertools.count()
 _MASK = 2**63 - 1
 
 
 class SharedStep(Ranks):
     """What the processes have in common in one step.
 
-    number:     of the step, among all of this process
+    number:     of the step, among all that the ranks make together
     generator:  for what all draw alike, the split of clouds; on the CPU
     """
 
     def __init__(self, number: int) -> None:
-        super().__init__(f"step {number}")
+        super().__init__(f"evaluation {number} of a shared loss")
         self.number = number
         drawn = torch.tensor([int(torch.randint(2**62, ())), number])
         found = torch.stack(self.gathered(drawn, "at its start")).tolist()
         numbers = [other for _, other in found]
         if len(set(numbers)) > 1:
             raise LostRankError(
-                f"the ranks are at the steps {numbers}: all must evaluate the loss equally often. Work of one rank, such as a "
-                "diagnosis, goes into `with distributed.alone():`"
+                f"the ranks are at the evaluations {numbers} of a loss that they share: all must evaluate it equally often. "
+                "Work of one rank, such as a diagnosis, goes into `with distributed.alone():`"
             )
         self.seed = found[0][0]
         self.generator = torch.Generator().manual_seed(self.seed)
@@ -82,7 +80,7 @@ def active() -> SharedStep | None:
 @contextmanager
 def shared_step() -> Iterator[SharedStep]:
     """Make a step together with the other ranks; the random state is advanced by one draw."""
-    step = SharedStep(next(_NUMBERS))
+    step = SharedStep(next_evaluation())
     token = _ACTIVE.set(step)
     try:
         with undisturbed():

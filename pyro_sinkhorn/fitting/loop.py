@@ -13,8 +13,9 @@ import torch
 from pyro.optim.optim import PyroOptim
 from tqdm.auto import tqdm
 
-from pyro_sinkhorn import optimiser, snapshot
-from pyro_sinkhorn.errors import NonFiniteError, ProgramError, checked_integer
+from pyro_sinkhorn import distributed, optimiser, snapshot
+from pyro_sinkhorn.distributed import Ranks
+from pyro_sinkhorn.errors import LostRankError, NonFiniteError, ProgramError, checked_integer
 from pyro_sinkhorn.fitting.callbacks import Callback
 from pyro_sinkhorn.fitting.checkpoint import Checkpoints, best_of, check_same, conditions, read
 from pyro_sinkhorn.fitting.interrupts import Interrupts
@@ -26,6 +27,7 @@ from pyro_sinkhorn.training import (
     LoadedBatches,
     Minibatches,
     Trainer,
+    common_random_state,
     is_loader,
     loader_of,
 )
@@ -115,7 +117,7 @@ class _Fit:
         bar = tqdm(
             total=self.total,
             initial=self.done,
-            disable=not options.progress,
+            disable=not (options.progress and distributed.is_first()),
             desc=program._name(),
             unit="step",
         )
@@ -129,7 +131,7 @@ class _Fit:
                     self.done += 1
                     stop = self._after(terms, bar)
                     interrupts.check()
-            except (NonFiniteError, KeyboardInterrupt) as error:
+            except (NonFiniteError, LostRankError, KeyboardInterrupt) as error:
                 self._save_last_good(error)
                 raise
         if self.validation is not None:
@@ -137,8 +139,8 @@ class _Fit:
         self.write()
 
     def write(self) -> None:
-        """A checkpoint of now."""
-        if self.checkpoints is not None:
+        """A checkpoint of now, by one of the processes that share the fit."""
+        if self.checkpoints is not None and distributed.is_first():
             progress = self.conditions | {"num_steps": self.total, "done": self.done}
             self.checkpoints.write(self.program, progress, self.validation)
 
@@ -163,12 +165,14 @@ class _Fit:
             )
         for callback in options.callbacks:
             stop = bool(callback(program, values)) or stop
+        if options.callbacks and distributed.running():
+            stop = Ranks(f"after step {program.num_steps}").any(stop, "asking whether to stop")
         if self.checkpoints is not None and self.done % self.checkpoints.every == 0 and not (last or stop):
             self.write()
         return stop
 
     def _save_last_good(self, error: BaseException) -> None:
-        if self.checkpoints is None:
+        if self.checkpoints is None or not distributed.is_first():
             return
         self.write()
         error.add_note(f"the state of the last good step is in {str(self.checkpoints.path)!r}")
@@ -203,6 +207,7 @@ def run(program: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: Fi
     checkpoints = None if checkpoint is None else Checkpoints(checkpoint, options.every)
     loading = len(args) == 1 and is_loader(args[0])
     with program._guarded(() if loading else args, kwargs), program.stream.active(), program.active():
+        common_random_state()
         args, kwargs, held_out, positions = _hold_out(args, kwargs, options, found, device, loading)
         batches: Batches = (
             LoadedBatches(loader_of(args[0], options.batch_size), program.epoch, device)

@@ -11,6 +11,8 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from pyro_sinkhorn import distributed
+from pyro_sinkhorn.distributed import Ranks
 from pyro_sinkhorn.errors import NonFiniteError, ProgramError
 from pyro_sinkhorn.losses.base import SinkhornLoss
 from pyro_sinkhorn.modules import training_mode
@@ -144,7 +146,10 @@ class Validation:
 
         :raises NonFiniteError: it is no number
         """
-        value = self._loss(program, trainer)
+        with distributed.alone():  # held-out data are not shared out: all would measure the same
+            value = self._loss(program, trainer)
+        if distributed.running():
+            value = Ranks(f"after step {program.num_steps}").agreed(value, "measuring held-out data")
         if not math.isfinite(value):
             raise NonFiniteError(f"the loss of the held-out data is {value} after {steps} steps")
         weight = getattr(program.loss, "weight", None)

@@ -16,6 +16,7 @@ import torch
 from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_sinkhorn.distributed import SharedStep, active, running, shared_step
@@ -170,21 +171,23 @@ def _bring_together(ranks: SharedStep, loss: Any, model: Any, guide: Any, args: 
         preserved_buffers(),
         poutine.trace(param_only=True) as capture,
         torch.random.fork_rng(devices=[]),
-        recorded_modules() as modules,
     ):
-        guide_trace = run_guide(guide, args, kwargs)
-        run_scored(model, guide_trace, args, kwargs)
+        run_guide(
+            guide, args, kwargs
+        )  # an automatic one makes its networks, unless it has been called before
+        with recorded_modules() as modules:
+            run_scored(model, run_guide(guide, args, kwargs), args, kwargs)
     parameters = _parameters(capture.trace)
     held = _buffers_of(modules)
-    state = {
-        f"estimate {name}": value
-        for part in loss.state().values()
-        if isinstance(part, dict)
-        for name, value in part.items()
-        if isinstance(value, Tensor)
-    }
-    check_layout(ranks, [*_spoken(loss), *layout(parameters), *layout(held), *layout(state)])
-    take_first(ranks, parameters | held | state)
+    check_layout(ranks, [*_spoken(loss), *layout(parameters), *layout(held)])
+    take_first(ranks, parameters | held)
+    loss.load_state(ranks.agreed(_on_cpu(loss.state()), "taking over what rank 0 has estimated"))
+
+
+def _on_cpu(state: Any) -> Any:
+    if isinstance(state, dict):
+        return {name: _on_cpu(value) for name, value in state.items()}
+    return state.cpu() if isinstance(state, Tensor) else state
 
 
 def _spoken(loss: Any) -> list[str]:
@@ -227,10 +230,13 @@ def _watched_buffers() -> Iterator[Callable[[], Parameters]]:
             seen.update({id(b): (b, b._version) for b in module._buffers.values() if b is not None})
 
     def changed() -> Parameters:
+        # torch does not count the updates of these.
+        normalising = [m for m in modules if isinstance(m, _NormBase) and m.training]
+        statistics = {id(b) for module in normalising for b in module._buffers.values() if b is not None}
         return {
             name: buffer
             for name, buffer in _buffers_of(modules).items()
-            if id(buffer) not in seen or seen[id(buffer)][1] != buffer._version
+            if id(buffer) in statistics or id(buffer) not in seen or seen[id(buffer)][1] != buffer._version
         }
 
     hook = register_module_forward_pre_hook(watch)

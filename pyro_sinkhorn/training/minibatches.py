@@ -74,15 +74,21 @@ class Minibatches:
 
     def draw(self) -> Batch:
         """The next minibatch."""
-        if self.replace:
-            return self.pick(torch.randint(self.n, (self.batch_size,)))
-        if self.whole:
+        if self.whole and not self.replace:
             return self.args, self.kwargs
+        return self.pick(self.positions())
+
+    def positions(self) -> Tensor:
+        """Positions of the data of the next minibatch."""
+        if self.replace:
+            return torch.randint(self.n, (self.batch_size,))
+        if self.whole:
+            return torch.arange(self.n)
         order = self.epoch.order
         while len(order) < self.batch_size:
             order = torch.cat([order, torch.randperm(self.n)])
         index, self.epoch.order = order[: self.batch_size], order[self.batch_size :]
-        return self.at(index)
+        return index
 
     def steps(self, num_epochs: float) -> int:
         """How many minibatches make so many epochs."""

@@ -15,12 +15,13 @@ from pyro.optim.optim import PyroOptim
 from torch import Tensor, nn
 
 from pyro_sinkhorn import optimiser
-from pyro_sinkhorn.errors import NonFiniteError, ProgramError
+from pyro_sinkhorn.errors import LostRankError, NonFiniteError, ProgramError
 from pyro_sinkhorn.losses.base import SinkhornLoss, Terms
 from pyro_sinkhorn.modules import training_mode
 from pyro_sinkhorn.recovery import kept_on_error
 from pyro_sinkhorn.rng import undisturbed
 from pyro_sinkhorn.training.data_scale import Batches, data_scale, may_replace, refuse_minibatches
+from pyro_sinkhorn.training.sharing import shared_out
 
 
 def step(
@@ -101,7 +102,7 @@ class Trainer:
         max_grad_norm: float | None = None,
         autocast: torch.dtype | None = None,
     ) -> None:
-        self.loss, self.optim, self.batches, self.modules = loss, optim, batches, modules
+        self.loss, self.optim, self.modules = loss, optim, modules
         self.max_grad_norm, self.autocast = max_grad_norm, autocast
         self.update = optimiser.Together(optim)
         _wake(guide, batches)
@@ -116,12 +117,14 @@ class Trainer:
         self.model = model if scale is None else scale(model)
         # Sinkhorn losses score no local site of the guide; others do, and need both sides at one scale.
         self.guide = guide if scale is None or isinstance(loss, SinkhornLoss) else copy.copy(scale)(guide)
+        self.batches = shared_out(model, loss, batches)
         self.n_data = batches.batch_size if scale is None else batches.n
 
     def step(self, number: int) -> Terms:
         """One step; ``number`` is for its error.
 
         :raises NonFiniteError: naming the source; the state is that of the step before
+        :raises LostRankError: another process that shares the fit is gone; likewise
         """
         ours = isinstance(self.loss, SinkhornLoss)
         try:
@@ -139,9 +142,9 @@ class Trainer:
                     self.max_grad_norm,
                     self.autocast,
                 )
-        except NonFiniteError as error:
+        except (NonFiniteError, LostRankError) as error:
             message = f"step {number}: {error}. The program keeps the state of the step before"
-            raise NonFiniteError(message) from error
+            raise type(error)(message) from error
         optimiser.advance_schedule(self.optim, value)
         return getattr(self.loss, "terms", Terms(value / max(self.n_data, 1)))
 
