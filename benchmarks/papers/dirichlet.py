@@ -252,23 +252,24 @@ def draw(rows: list[dict[str, Any]], folder: Path) -> None:
 
     kept = {(row["prior"], row["method"]): row for row in rows if "vertex_images" in row}
     methods = [m for m in (*METHODS, "ae") if any(key[1] == m for key in kept)]
-    ratios = [2 if PRIORS[p].dim == 16 else 1 for p in PRIORS]
+    priors = [p for p in PRIORS if any(key[0] == p for key in kept)]
+    ratios = [2 if PRIORS[p].dim == 16 else 1 for p in priors]
     figure, axes = plt.subplots(
-        len(PRIORS),
+        len(priors),
         len(methods),
         figsize=(2.4 * len(methods), 0.75 * sum(ratios) + 0.7),
         layout="constrained",
         height_ratios=ratios,
         squeeze=False,
     )
-    for i, prior in enumerate(PRIORS):
+    for i, prior in enumerate(priors):
         for j, method in enumerate(methods):
             axis = axes[i, j]
             axis.set_xticks([]), axis.set_yticks([])
             if i == 0:
                 axis.set_title(method, fontsize=10)
             if j == 0:
-                axis.set_ylabel(f"Dir({prior.replace(', ', '),')}", fontsize=8)
+                axis.set_ylabel(f"Dir({prior.replace(', ', '), ')}", fontsize=8)
             if (prior, method) not in kept:
                 axis.set_axis_off()
                 continue
