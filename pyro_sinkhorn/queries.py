@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_sinkhorn import snapshot
 from pyro_sinkhorn.calibration import Calibration
+from pyro_sinkhorn.diagnostics.bound import wasserstein_bound
 from pyro_sinkhorn.diagnostics.diagnosis import Diagnosis, posterior_report
 from pyro_sinkhorn.diagnostics.matching import match_report
 from pyro_sinkhorn.diagnostics.simulated_range import warn_of_range
@@ -147,6 +148,7 @@ class Queries:
         *args: Any,
         num_floor: int = 20,
         num_simulations: int = 200,
+        bound: bool = False,
         seed: int | None = None,
         **kwargs: Any,
     ) -> Diagnosis:
@@ -159,11 +161,13 @@ class Queries:
         :param num_floor: evaluations of match and floor each
         :param num_simulations: simulated data, or data sets where there are globals, to check the posterior on; 1000 and
             more see finer errors
+        :param bound: also bound the Wasserstein distance between data and model by reconstruction, match and slope of the
+            generator: see :func:`~pyro_sinkhorn.diagnostics.wasserstein_bound`
         """
         args, kwargs = self._inputs(args, kwargs)
         loss = self.loss if isinstance(self.loss, SinkhornLoss) else None
         with self._evaluating(seed, args, kwargs):
-            match = posterior = None
+            match = posterior = limit = None
             # An encoder that was never fitted is none of what a program that was only calibrated has to show.
             fitted = self.num_steps > 0 or not self.has_posterior
             if fitted and not isinstance(loss, Trace_EnergyScore):
@@ -171,7 +175,9 @@ class Queries:
             if self.has_posterior:
                 guide = self._posterior_guide()
                 posterior = posterior_report(self.model, guide, args, kwargs, num_simulations)
-        found = Diagnosis(match, posterior)
+            if bound:
+                limit = wasserstein_bound(self.model, self.guide, *args, **kwargs)
+        found = Diagnosis(match, posterior, limit)
         print(found)
         return found
 

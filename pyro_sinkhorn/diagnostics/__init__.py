@@ -1,5 +1,6 @@
 """Diagnostics: what to look at before believing a fit."""
 
+from pyro_sinkhorn.diagnostics.bound import BoundReport, wasserstein_bound
 from pyro_sinkhorn.diagnostics.c2st import C2STResult, c2st
 from pyro_sinkhorn.diagnostics.calibration import RankCheck, SbcReport, simulation_based_calibration
 from pyro_sinkhorn.diagnostics.contraction import ContractionReport, ScalarContraction, posterior_contraction
@@ -12,6 +13,7 @@ from pyro_sinkhorn.diagnostics.simulated_range import OutOfRangeWarning, RangeRe
 from pyro_sinkhorn.diagnostics.tarp import TarpReport, tarp
 
 __all__ = [
+    "BoundReport",
     "C2STResult",
     "ContractionReport",
     "CoverageReport",
@@ -34,4 +36,5 @@ __all__ = [
     "simulated_range",
     "simulation_based_calibration",
     "tarp",
+    "wasserstein_bound",
 ]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from pyro_sinkhorn.diagnostics.bound import BoundReport
 from pyro_sinkhorn.diagnostics.calibration import SbcReport, simulation_based_calibration
 from pyro_sinkhorn.diagnostics.contraction import ContractionReport, posterior_contraction
 from pyro_sinkhorn.diagnostics.coverage import CoverageReport, expected_coverage
@@ -45,13 +46,15 @@ class Diagnosis(Printed):
 
     match:     reconstruction and match against noise floor, for losses that match clouds
     posterior: for programs that have one
+    bound:     on the distance between data and model, where it was asked for
     """
 
     match: MatchReport | None
     posterior: PosteriorReport | None
+    bound: BoundReport | None = None
 
     def __str__(self) -> str:
-        return "\n\n".join(str(part) for part in (self.match, self.posterior) if part is not None)
+        return "\n\n".join(str(part) for part in (self.match, self.posterior, self.bound) if part is not None)
 
     @property
     def groups(self) -> tuple[GroupReport, ...]:
