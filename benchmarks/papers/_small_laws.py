@@ -70,7 +70,11 @@ def exactly(atoms: Tensor, power: float | str, p: Tensor, q: Tensor, k: int) -> 
 def search(
     m: int, d: int, k: int, power: float | str, starts: int, seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Atoms and two laws with the smallest expectation over cost that was found, by descent from random starts."""
+    """Atoms and two laws with the smallest expectation that descent from random starts found, relative to their cost.
+
+    For powers below 2 relative to the expectation with one point a half, the energy distance, which is then zero for equal
+    laws alone: relative to the cost, descent would only make the laws equal.
+    """
     rng = np.random.default_rng(seed)
     clouds = multisets(m, k)
     orders = torch.tensor(list(itertools.permutations(range(k))))
@@ -86,7 +90,12 @@ def search(
         atoms, p, q = parts(v)
         matrix = ground_cost(atoms, power)[left, right].mean(-1).amin(-1)
         a, b = probabilities(p, clouds), probabilities(q, clouds)
-        out = -0.5 * (a - b) @ matrix @ (a - b) / (a @ matrix @ b + 1e-9)
+        top, cross = -0.5 * (a - b) @ matrix @ (a - b), a @ matrix @ b
+        if power in (2, "arc"):
+            out = top / (cross + 1e-9)
+        else:  # kept away from equal laws, where both are zero
+            energy = -0.5 * (p - q) @ ground_cost(atoms, power) @ (p - q)
+            out = (top + 1e-3 * cross) / (energy + 1e-12)
         (slope,) = torch.autograd.grad(out, v)
         return float(out.detach()), slope.numpy()
 

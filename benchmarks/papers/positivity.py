@@ -3,11 +3,12 @@ r"""Where the debiased divergences are positive, and where they are not (Genevay
 perturbations  :math:`\bar W = 2W(\mu,\nu) - W(\mu,\mu) - W(\nu,\nu)` of two measures as they are (same-batch), 10 000
                random pairs for each cost, :math:`\varepsilon` and value: eight points with random weights, moved by 1%
                to 100% of their spread, half of the pairs with other weights too. At convergence, and after 10 iterations
-arithmetic     ``exact``: the *expectation* of the independent halves between laws on a few atoms, by enumeration of all
+exact          the *expectation* of the independent halves between laws on a few atoms, by enumeration of all
                clouds (``_small_laws``), no sampling error. Laws are those with the smallest expectation that descent from
-               random starts finds with 2 or 3 points a half, rounded to two digits; then the expectation of the same two
-               laws at other sizes, from clouds where there are too many to enumerate. Likewise for the squared arc on the
-               circle, which is of no negative type itself
+               random starts finds with 2 or 3 points a half, relative to their cost (for powers below 2: to their energy
+               distance), rounded to two digits; then the expectation of the same two laws at other sizes, from sampled
+               clouds where there are too many to enumerate. Likewise for the squared arc on the circle, which is of no
+               negative type itself
 curvature      of the squared arc: the laws are near each other, uniform on four atoms of the circle plus and minus a
                thousandth of an alternating charge; by enumeration at each size
 laws           Gaussians moved and scaled, mixtures, a ring: mean of many estimates with its standard error, and the share of
@@ -19,6 +20,7 @@ laws           Gaussians moved and scaled, mixtures, a ring: mean of many estima
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -33,7 +35,7 @@ from pyro_sinkhorn.ot import sinkhorn
 
 SEED = 0
 POWERS = (1.0, 1.5, 2.0)
-EPSILONS = (0.03, 0.1, 1.0)
+EPSILONS = (0.1, 0.3, 1.0)
 PERTURBATIONS = 10_000
 #: L1 error of the marginals; a value is off by less than this times the largest cost.
 TOLERANCE = 1e-9
@@ -192,29 +194,27 @@ def named_laws() -> dict[str, tuple[Draw, Draw]]:
 
 def counterexample(rows: Rows, power: float | str, m: int, d: int, k: int, small: bool) -> None:
     """Search, then every size."""
-    name = f"{'arc' if power == 'arc' else power:}, {m} atoms in {d}-d, {k} a half"
+    name = f"{power}, {m} atoms in {d}-d, {k} a half"
     starts = 3 if small else STARTS[k]
-    atoms, p, q = search(m, d, k, power, starts, SEED)
-    # The sum of all weights times the costs, to the last digits: nothing finer is claimed of an expectation.
-    resolution = 1e-12 * float(ground_cost(atoms, power).max())
-    laws = {"atoms": atoms.tolist(), "p": p.tolist(), "q": q.tolist(), "starts": starts, "seed": SEED}
+    found = functools.cache(lambda: search(m, d, k, power, starts, SEED))  # not where all rows are there
+
+    def row(size: int, sample: bool) -> dict[str, Any]:
+        atoms, p, q = found()
+        laws = {"atoms": atoms.tolist(), "p": p.tolist(), "q": q.tolist(), "starts": starts, "seed": SEED}
+        if sample:
+            return sampled(on_atoms(atoms, p), on_atoms(atoms, q), size, ESTIMATES[size], power, 0.0) | laws
+        mean, cross = exactly(atoms, power, p, q, size)
+        # A sum of all weights times the costs, to its last digits: nothing finer is claimed of an expectation.
+        return laws | {
+            "mean": mean,
+            "cross": cross,
+            "resolution": 1e-12 * float(ground_cost(atoms, power).max()),
+        }
+
     for size in (k, k + 1) if small else EXACT_SIZES:
-
-        def exact(size: int = size) -> dict[str, Any]:
-            mean, cross = exactly(atoms, power, p, q, size)
-            return laws | {"mean": mean, "cross": cross, "resolution": resolution}
-
-        rows.make(exact, part="exact", name=name, size=size, power=power)
+        rows.make(functools.partial(row, size, False), part="exact", name=name, size=size, power=power)
     for size in () if small else SAMPLED_SIZES:
-        rows.make(
-            lambda size=size: (
-                sampled(on_atoms(atoms, p), on_atoms(atoms, q), size, ESTIMATES[size], power, 0.0) | laws
-            ),
-            part="sampled",
-            name=name,
-            size=size,
-            power=power,
-        )
+        rows.make(functools.partial(row, size, True), part="sampled", name=name, size=size, power=power)
 
 
 def show(row: dict[str, Any]) -> None:

@@ -35,9 +35,9 @@ POWER = 1.5
 DIMENSIONS = (2, 5, 10)
 EPSILONS = (0.0, 0.01, 0.1, 1.0, 10.0, math.inf)
 #: Pairs of clouds at each size.
-REPETITIONS = {32: 1000, 64: 600, 128: 400, 256: 200, 512: 100, 1024: 60}
+REPETITIONS = {32: 1000, 64: 600, 128: 400, 256: 200, 512: 100}
 #: Slopes are of sizes from here on.
-FROM = 128
+FROM = 64
 SEED = 0
 #: Numbers in the cost matrices of one call.
 CHUNK = 2**22
