@@ -4,7 +4,8 @@
     python benchmarks/long_run.py --smoke-test
 
 A small program is fitted in minibatches, with held-out data measured and a checkpoint written every thousand steps, as long
-runs are. Memory is read from the system after every thousand steps. What a program must keep, its history, grows by about 100 bytes a step.
+runs are. Memory is read from the system after every thousand steps. What a program must keep, its history, grows by about 100
+bytes a step.
 """
 
 from __future__ import annotations

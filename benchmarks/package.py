@@ -4,9 +4,9 @@
     python benchmarks/package.py --smoke-test    # in this environment, without building one
 
 The wheel is built from this checkout and installed with nothing but its dependencies into a new virtual environment. A new
-process then imports it and lists the modules that came along: none may belong to the tests, the benchmarks or the examples. Import
-times are medians of five processes, beside those of torch and Pyro alone. Last, the examples' packages are installed and the
-quickstart is run as its user would.
+process then imports it and lists the modules that came along: none may belong to the tests, the benchmarks or the examples.
+Import times are medians of five processes, beside those of torch and Pyro alone. Last, the examples' packages are installed and
+the quickstart is run as its user would.
 """
 
 from __future__ import annotations

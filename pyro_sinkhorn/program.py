@@ -13,9 +13,10 @@ from pyro.infer import ELBO
 from pyro.optim.optim import PyroOptim
 from torch import nn
 
-from pyro_sinkhorn import fitting, optimiser
+from pyro_sinkhorn import optimiser
 from pyro_sinkhorn.calibration import Calibration, calibrate, calibration_for, undone_on_error
-from pyro_sinkhorn.fitting import Callback, FitOptions
+from pyro_sinkhorn.fitting import Callback
+from pyro_sinkhorn.fitting.loop import FitOptions, run
 from pyro_sinkhorn.losses.base import SinkhornLoss
 from pyro_sinkhorn.losses.trace_energy_score import Trace_EnergyScore
 from pyro_sinkhorn.modules import Owned, shared_copy, training_mode
@@ -195,7 +196,7 @@ class SinkhornProgram(Queries, Persistent):
             every,
             resume,
         )
-        fitting.run(self, *self._inputs(args, kwargs, device, lazy=True), options)
+        run(self, *self._inputs(args, kwargs, device, lazy=True), options)
         return self
 
     def calibrate(

@@ -10,6 +10,7 @@ PACKAGES = [
     "pyro_sinkhorn",
     "pyro_sinkhorn.diagnostics",
     "pyro_sinkhorn.distributions",
+    "pyro_sinkhorn.fitting",
     "pyro_sinkhorn.geometry",
     "pyro_sinkhorn.guide",
     "pyro_sinkhorn.losses",
