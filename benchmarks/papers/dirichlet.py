@@ -253,11 +253,11 @@ def draw(rows: list[dict[str, Any]], folder: Path) -> None:
     kept = {(row["prior"], row["method"]): row for row in rows if "vertex_images" in row}
     methods = [m for m in (*METHODS, "ae") if any(key[1] == m for key in kept)]
     priors = [p for p in PRIORS if any(key[0] == p for key in kept)]
-    ratios = [2 if PRIORS[p].dim == 16 else 1 for p in priors]
+    ratios = [1.0 if PRIORS[p].dim == 16 else 0.4 for p in priors]
     figure, axes = plt.subplots(
         len(priors),
         len(methods),
-        figsize=(2.4 * len(methods), 0.75 * sum(ratios) + 0.7),
+        figsize=(2 * len(methods), 2.2 * sum(ratios) + 0.4),
         layout="constrained",
         height_ratios=ratios,
         squeeze=False,
@@ -273,7 +273,7 @@ def draw(rows: list[dict[str, Any]], folder: Path) -> None:
             if (prior, method) not in kept:
                 axis.set_axis_off()
                 continue
-            row, columns = kept[prior, method], 8 if PRIORS[prior].dim == 16 else 5
+            row, columns = kept[prior, method], 4 if PRIORS[prior].dim == 16 else 5
             axis.imshow(unpacked(row["vertex_images"], columns), cmap="gray_r")
             axis.set_xlabel(f"{row['digits']} digits", fontsize=8)
     folder.mkdir(parents=True, exist_ok=True)
