@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import render_distributed
 import render_papers
 import render_posterior
 import render_priors
@@ -23,7 +24,7 @@ from _tables import ROOT, load, origin, table
 
 DOCUMENTS = [
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "concepts", "papers", "simulators")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "concepts", "distributed", "papers", "simulators")),
 ]
 
 
@@ -234,6 +235,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     **render_structure.SECTIONS,
     **render_speed.SECTIONS,
     **render_papers.SECTIONS,
+    **render_distributed.SECTIONS,
     "step ratio": step_ratio,
 }
 

@@ -13,6 +13,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from filelock import FileLock
 
 from pyro_sinkhorn import SinkhornProgram, Trace_Sinkhorn, distributed
 from pyro_sinkhorn.errors import LostRankError, ProgramError
@@ -50,8 +51,19 @@ def free_ports() -> int:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """What each of two processes found; both are killed if they take long, so that nothing can hang."""
-    output = tmp_path_factory.mktemp("pair") / "found"
+    """What each of two processes found; they run once, also where several workers share the tests."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "two_processes"
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / "lock"):
+        if not (folder / "done").exists():
+            run_two_processes(folder / "found")
+            (folder / "done").touch()
+    return [torch.load(folder / f"found.{rank}", weights_only=True) for rank in range(2)]
+
+
+def run_two_processes(output):
+    """Both are killed if they take long, so that nothing can hang."""
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports())}
     started = [
         subprocess.Popen(
@@ -72,7 +84,6 @@ def pair(tmp_path_factory):
             process.kill()
             process.wait()
     assert [process.returncode for process in started] == [0, 17], "\n".join(said)
-    return [torch.load(f"{output}.{rank}", weights_only=True) for rank in range(2)]
 
 
 def both(pair, name):

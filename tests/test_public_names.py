@@ -9,6 +9,7 @@ import pytest
 PACKAGES = [
     "pyro_sinkhorn",
     "pyro_sinkhorn.diagnostics",
+    "pyro_sinkhorn.distributed",
     "pyro_sinkhorn.distributions",
     "pyro_sinkhorn.fitting",
     "pyro_sinkhorn.geometry",

@@ -158,7 +158,7 @@ class _Fit:
         bar.update()
         if self.done % 10 == 0 or last or stop:
             program.history.show_last(bar)
-        if stop and options.progress:
+        if stop and options.progress and distributed.is_first():
             best = self.validation.best  # type: ignore[union-attr]
             bar.write(
                 f"stopped after {self.done} steps: the held-out loss was least, {best.value:.4g}, after {best.step}"
