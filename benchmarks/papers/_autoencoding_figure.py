@@ -7,6 +7,7 @@ from typing import Any
 
 import _path
 import numpy as np
+from _choice import tested
 from _fits import PRIORS, interval
 
 TITLES = {
@@ -28,11 +29,6 @@ COLOURS = dict(
         strict=True,
     )
 )
-
-
-def tested(rows: list[dict[str, Any]], prior: str, method: str) -> list[dict[str, Any]]:
-    """Rows of the test images."""
-    return [r for r in rows if (r["prior"], r["method"], r["part"]) == (prior, method, "test")]
 
 
 def draw(rows: list[dict[str, Any]]) -> None:

@@ -206,11 +206,3 @@ def interval(values: Iterable[float]) -> dict[str, float]:
     n = len(found)
     half = float(found.std()) / math.sqrt(n) * student.ppf(0.975, n - 1) if n > 1 else math.nan
     return {"mean": float(found.mean()), "half_width": half}
-
-
-def choose(rows: list[dict[str, Any]], limit: float) -> float:
-    """The weight of the nearest generated images among those that reconstruct well enough, else of the best reconstruction."""
-    good = [row for row in rows if row["reconstruction"] <= limit]
-    if good:
-        return min(good, key=lambda row: row["frechet"])["weight"]
-    return min(rows, key=lambda row: row["reconstruction"])["weight"]

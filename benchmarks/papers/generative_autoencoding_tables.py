@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import numpy as np
+from _choice import tested
 from _tables import load, origin, table
 from scipy.stats import t as student
 
@@ -37,7 +38,7 @@ def _of_prior(prior: str) -> str:
     rows = result["rows"]
     lines = []
     for method, (title, *_) in _PAPERS.items():
-        found = [r for r in rows if (r["prior"], r["method"], r["part"]) == (prior, method, "test")]
+        found = tested(rows, prior, method)
         if not found:
             continue
         weight = "" if method == "ae" else f"{found[0]['weight']:g}"
