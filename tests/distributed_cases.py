@@ -433,6 +433,29 @@ def svi_with_batch_norm(rank: int) -> Any:
 
 
 @case
+def a_parameter_that_comes_late(rank: int) -> Any:
+    """Met in the second step only, and begun by every rank with a number of its own."""
+    pyro.clear_param_store()
+    steps = []
+
+    def guide(x):
+        steps.append(1)
+        shift = pyro.param("shift", lambda: torch.tensor(float(rank))) if len(steps) > 4 else 0.0
+        slope = pyro.param("slope", torch.tensor(1.0 + rank))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", Implicit(slope * x + shift))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 0.3), obs=x)
+
+    svi = SVI(model, guide, Adam({"lr": 1e-2}), loss=Trace_Sinkhorn(match_size=2))
+    for _ in range(5):
+        svi.step(torch.arange(6.0) + rank)
+    return {name: p.detach().clone() for name, p in pyro.get_param_store().named_parameters()}
+
+
+@case
 def own_loop(rank: int) -> Any:
     """``differentiable_loss`` and ``sum_gradients`` come to what ``loss_and_grads`` does."""
     pyro.clear_param_store()

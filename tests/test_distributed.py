@@ -113,7 +113,14 @@ def test_every_case_is_looked_at(pair):
         "fit_shares_the_data_out",
         "svi_with_batch_norm",
     }
-    seen |= {"own_loop", "refused_losses", "other_programs", "other_data", "globals_that_read_the_data"}
+    seen |= {
+        "a_parameter_that_comes_late",
+        "own_loop",
+        "refused_losses",
+        "other_programs",
+        "other_data",
+        "globals_that_read_the_data",
+    }
     assert set(pair[0]) == seen | {"plates_that_all_ranks_have", "work_of_one_rank", "silent", "dead"}
 
 
@@ -144,6 +151,13 @@ def test_fit_leaves_equal_parameters_and_learns(pair):
 def test_parameters_and_statistics_of_batch_norm_stay_equal_in_svi(pair):
     first, second = both(pair, "svi_with_batch_norm")
     assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_parameters_that_come_late_are_those_of_rank_0(pair):
+    first, second = both(pair, "a_parameter_that_comes_late")
+    assert set(first) == set(second) == {"shift", "slope"}
     for name in first:
         assert torch.equal(first[name], second[name]), name
 

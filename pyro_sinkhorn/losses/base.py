@@ -60,7 +60,7 @@ class SinkhornLoss(ELBO):
     makes_posterior: whether the guide that it trains is a posterior
     whole_data_sets: whether globals are read off the data of a call, which then must be all of them
     not_shared:     why several processes cannot share it, as the start of a sentence; empty where they can
-    in_step_with_others: whether the processes that share it have taken over the parameters of the first
+    in_step_with_others: parameters that the processes that share it have taken over from the first
     """
 
     needs_guide = True
@@ -69,7 +69,7 @@ class SinkhornLoss(ELBO):
     guide_of_globals: Any = None
     makes_posterior = False
     whole_data_sets = False
-    in_step_with_others = False
+    in_step_with_others: frozenset[tuple[str, int]] = frozenset()
 
     @property
     def not_shared(self) -> str:
@@ -114,7 +114,8 @@ class SinkhornLoss(ELBO):
         other.max_plate_nesting = self._initial_plate_nesting
         other.matcher = self.matcher.fresh()
         other.terms = Terms()
-        other._checked_registration = other.in_step_with_others = False
+        other._checked_registration = False
+        other.in_step_with_others = frozenset()
         return other
 
     def state(self) -> dict[str, Any]:
@@ -175,7 +176,7 @@ class SinkhornLoss(ELBO):
         """An estimate of the loss; its gradients are added to the parameters', a particle at a time."""
         total, terms = 0.0, []
         n = 1 if self.vectorize_particles else self.num_particles
-        with shared(self, model, guide, args, kwargs) as ranks, summed_gradients(ranks):
+        with shared(self, model, guide, args, kwargs) as ranks, summed_gradients(ranks, self):
             if not self._checked_registration:
                 self._checked_registration = True
                 warn_of_untrained(model, guide, args, kwargs)

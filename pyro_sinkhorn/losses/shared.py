@@ -42,8 +42,7 @@ def shared(loss: Any, model: Any, guide: Any, args: Any, kwargs: Any) -> Iterato
     refuse_unshared(loss)
     with shared_step() as ranks:
         if not loss.in_step_with_others:
-            _bring_together(ranks, loss, model, guide, args, kwargs)
-            loss.in_step_with_others = True
+            loss.in_step_with_others = _bring_together(ranks, loss, model, guide, args, kwargs)
         yield ranks
 
 
@@ -62,8 +61,10 @@ def refuse_unshared(loss: Any) -> None:
 
 
 @contextmanager
-def summed_gradients(ranks: SharedStep | None) -> Iterator[None]:
+def summed_gradients(ranks: SharedStep | None, loss: Any) -> Iterator[None]:
     """Add the gradients that arise inside up over ranks; those that were there before stay beside them.
+
+    Parameters that were not there in the first step are rank 0's from now on.
 
     :raises ProgramError: the ranks met different parameters
     """
@@ -78,9 +79,12 @@ def summed_gradients(ranks: SharedStep | None) -> Iterator[None]:
         with poutine.trace(param_only=True) as capture, _watched_buffers() as changed:
             yield
         parameters, buffers = _parameters(capture.trace), changed()
-        check_layout(ranks, layout(parameters) + layout(buffers))
+        known = loss.in_step_with_others
+        new = {f"new {name}": p for name, p in parameters.items() if (name, id(p)) not in known}
+        check_layout(ranks, layout(parameters) + layout(buffers) + layout(new))
         add_up(ranks, parameters)
-        take_first(ranks, buffers)
+        take_first(ranks, buffers | new)
+        loss.in_step_with_others = known | _identities(parameters)
     finally:
         for name, p in pyro.get_param_store().named_parameters():
             if name in before:
@@ -163,8 +167,10 @@ def check_plates(structure: Structure, groups: Sequence[Group]) -> str:
     return plate
 
 
-def _bring_together(ranks: SharedStep, loss: Any, model: Any, guide: Any, args: Any, kwargs: Any) -> None:
-    """Run guide and model, so that all parameters are there, and take over rank 0's."""
+def _bring_together(
+    ranks: SharedStep, loss: Any, model: Any, guide: Any, args: Any, kwargs: Any
+) -> frozenset[tuple[str, int]]:
+    """Run guide and model, so that all parameters are there, take over rank 0's, and say which they are."""
     with (
         poutine.block(),
         torch.no_grad(),
@@ -172,9 +178,8 @@ def _bring_together(ranks: SharedStep, loss: Any, model: Any, guide: Any, args: 
         poutine.trace(param_only=True) as capture,
         torch.random.fork_rng(devices=[]),
     ):
-        run_guide(
-            guide, args, kwargs
-        )  # an automatic one makes its networks, unless it has been called before
+        # An automatic guide makes its networks, unless it has been called before.
+        run_guide(guide, args, kwargs)
         with recorded_modules() as modules:
             run_scored(model, run_guide(guide, args, kwargs), args, kwargs)
     parameters = _parameters(capture.trace)
@@ -182,6 +187,11 @@ def _bring_together(ranks: SharedStep, loss: Any, model: Any, guide: Any, args: 
     check_layout(ranks, [*_spoken(loss), *layout(parameters), *layout(held)])
     take_first(ranks, parameters | held)
     loss.load_state(ranks.agreed(_on_cpu(loss.state()), "taking over what rank 0 has estimated"))
+    return _identities(parameters)
+
+
+def _identities(parameters: Parameters) -> frozenset[tuple[str, int]]:
+    return frozenset((name, id(p)) for name, p in parameters.items())
 
 
 def _on_cpu(state: Any) -> Any:

@@ -61,7 +61,7 @@ def shared_out(model: Callable[..., Any], loss: Any, batches: Batches) -> Batche
     ranks = Ranks("at the start of fit")
     _check_same(ranks, batches)
     _check_follows(model, batches, ranks.size)
-    loss.in_step_with_others = False
+    loss.in_step_with_others = frozenset()
     return Part(batches)
 
 
