@@ -53,7 +53,7 @@ from pyro_sinkhorn.models import dirichlet_archetypes
 from pyro_sinkhorn.ot import ConvergenceWarning
 
 NAME = "papers_dirichlet"
-BATCH, STEPS, TUNING_STEPS, LEARNING_RATE = 256, 1000, 400, 2e-3
+BATCH, STEPS, TUNING_STEPS, LEARNING_RATE = 256, 1000, 300, 2e-3
 METHODS = ("ours", "sae-v3", "wae", "sae-v1")
 WEIGHTS = (30.0, 100.0, 300.0)  # a first look had shown 3000 to be too many
 TUNING_SEED, FLOOR_SEED = 100, 77
