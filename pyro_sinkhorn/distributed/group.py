@@ -154,9 +154,8 @@ class Ranks:
         return [one[:length] for one, length in zip(found, lengths, strict=True)]
 
     def summed(self, tensor: Tensor, doing: str) -> Tensor:
-        """The sum over ranks, the same to the bit on all."""
+        """The sum over ranks, the same to the bit on all; it may stand in the tensor given."""
         sent = _movable(tensor.detach())
-        sent = sent.clone() if sent is tensor or sent.data_ptr() == tensor.data_ptr() else sent
         with self._heard(doing):
             dist.all_reduce(sent)
         return sent.to(tensor.device)
