@@ -81,6 +81,9 @@ def check_stopping(tolerance: float | None, max_iters: int, dtype: torch.dtype) 
 def check_clouds(x: Tensor, y: Tensor, cost: Cost) -> tuple[Tensor, Tensor]:
     """Both clouds, expanded to common batch dimensions, or a ``ValueError`` that says why they are no problem."""
     x, y = check_cloud(x, "x"), check_cloud(y, "y")
+    if cost == "geodesic":
+        _check_unit_vectors(x, "x")
+        _check_unit_vectors(y, "y")
     if x.dtype != y.dtype or x.device != y.device:
         raise ValueError(
             f"x is {x.dtype} on {x.device} and y is {y.dtype} on {y.device}: "
@@ -104,7 +107,7 @@ def check_clouds(x: Tensor, y: Tensor, cost: Cost) -> tuple[Tensor, Tensor]:
 
 
 def check_cloud(points: Tensor, name: str) -> Tensor:
-    """A floating tensor ``(..., n, d)`` with at least one point, or a ``ValueError`` that says what it is."""
+    """A tensor ``(..., n, d)`` with at least one point, in float32 or float64, or a ``ValueError`` that says what it is."""
     if not isinstance(points, Tensor):
         raise ValueError(
             f"{name} is a {type(points).__name__}: expected a tensor of points, shape (..., n, d)"
@@ -121,7 +124,21 @@ def check_cloud(points: Tensor, name: str) -> Tensor:
         raise ValueError(
             f"{name} is {points.dtype}: expected floating points; convert with .float() or .double()"
         )
-    return points
+    return _at_least_single(points)
+
+
+def _at_least_single(t: Tensor) -> Tensor:
+    """In float32 where it has half the digits or fewer: too few for the exponents of a plan. Autocast makes such points."""
+    return t if t.dtype in (torch.float32, torch.float64) else t.float()
+
+
+def _check_unit_vectors(points: Tensor, name: str) -> None:
+    lengths = torch.linalg.vector_norm(points.detach(), dim=-1)
+    if bool(((lengths - 1).abs() > 1e-2).any()):  # NaN passes: it is named later, with its point
+        raise ValueError(
+            f"{name} has vectors of lengths {float(lengths.min()):.3g} to {float(lengths.max()):.3g}: the cost 'geodesic' is "
+            "between unit vectors; divide them by their lengths, or take another cost"
+        )
 
 
 def check_epsilon(epsilon: float | Tensor, points: Tensor) -> Tensor:
@@ -131,16 +148,22 @@ def check_epsilon(epsilon: float | Tensor, points: Tensor) -> Tensor:
         isinstance(epsilon, float) and limits.tiny <= epsilon <= limits.max
     ):  # the common case, without looking at a tensor
         return points.new_full(points.shape[:-2], epsilon)
-    eps = torch.as_tensor(epsilon, dtype=points.dtype, device=points.device).detach()
-    if not bool((eps >= 0).all()) or not bool(eps.isfinite().all()):
+    exact = (
+        torch.float64 if isinstance(epsilon, (int, float)) else None
+    )  # a number is not rounded to the default dtype
+    given = torch.as_tensor(epsilon, dtype=exact, device=points.device).detach()
+    if not bool((given >= 0).all()) or not bool(given.isfinite().all()):
         raise ValueError(
             f"epsilon is {epsilon}: expected a positive finite number, in units of the cost, "
             "or 0 for the exact assignment"
         )
-    if isinstance(epsilon, float) and epsilon > 0 and bool((eps == 0).all()):
+    # Below the smallest normal number there are few digits, and one over it is infinite.
+    if bool(((given > 0) & ((given < limits.tiny) | (given > limits.max))).any()):
         raise ValueError(
-            f"epsilon is {epsilon}, which is 0 in {points.dtype}: give exactly 0 for the assignment, or a larger number"
+            f"epsilon is {epsilon}, out of the range of {points.dtype}, {limits.tiny:.3g} to {limits.max:.3g}: give exactly 0 "
+            "for the assignment, divide the points by their scale and epsilon by that of the cost, or give float64"
         )
+    eps = given.to(points.dtype)
     if bool((eps == 0).any()) and bool((eps > 0).any()):
         raise ValueError(
             f"epsilon is {epsilon}: expected all problems of a batch to be exact (0) or all to be regularised "
@@ -164,6 +187,7 @@ def check_weights(w: Tensor | None, points: Tensor, name: str) -> Tensor:
         raise ValueError(
             f"the weights {name} have shape {tuple(w.shape)}: expected (..., {shape[-1]}), one a point"
         )
+    w = _at_least_single(w)
     if w.dtype != points.dtype or w.device != points.device:
         raise ValueError(
             f"the weights {name} are {w.dtype} on {w.device}: expected {points.dtype} on {points.device}"

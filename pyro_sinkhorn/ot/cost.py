@@ -16,6 +16,7 @@ a callable            ``cost(x, y) -> (n, m)``            called once for every 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -46,8 +47,20 @@ def euclidean(x: Tensor, y: Tensor) -> Tensor:
     >>> euclidean(torch.zeros(1, 2), torch.tensor([[3.0, 4.0]])).tolist()
     [[5.0]]
     """
+    # In units of a power of 2, which changes no digit, and about as large as the coordinates: squares stay in range.
+    unit = _power_of_2(torch.maximum(_largest(x), _largest(y)))
     # The matrix-product form would be faster and wrong by 1e-3 near zero in float32, where the root blows up.
-    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+    return torch.cdist(x / unit, y / unit, compute_mode="donot_use_mm_for_euclid_dist") * unit
+
+
+def _largest(points: Tensor) -> Tensor:
+    return points.detach().abs().amax((-2, -1), keepdim=True)
+
+
+def _power_of_2(largest: Tensor) -> Tensor:
+    """The largest that is not above it; 1 for 0."""
+    mantissa, _ = torch.frexp(largest)
+    return (largest / (2 * mantissa)).where(largest > 0, 1)
 
 
 def l1(x: Tensor, y: Tensor) -> Tensor:
@@ -62,16 +75,22 @@ def l1(x: Tensor, y: Tensor) -> Tensor:
 def geodesic(x: Tensor, y: Tensor) -> Tensor:
     r"""Squared arc :math:`\arccos^2\langle x_i, y_j\rangle` between unit vectors, shape ``(..., n, m)``.
 
-    As a function of the squared chord :math:`4s`, it is :math:`4\arcsin^2\sqrt s`: smooth where points coincide, where
-    the arc cosine has an infinite slope. At antipodes no direction is the shorter one; there the slope is cut off.
+    An arc is told by its chord :math:`2r`, or by that to the antipode :math:`2r'`, whichever is the shorter:
+    :math:`2\arcsin r = \pi - 2\arcsin r'`. The longer one hardly changes with the arc, as the cosine does near both ends.
+    At antipodes no direction is the shorter one; there the gradient is 0.
 
     >>> round(geodesic(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])).sqrt().item(), 4)  # a quarter circle
     1.5708
     """
-    s = (sqeuclidean(x, y) / 4).clamp_max(1 - 4 * torch.finfo(x.dtype).eps)
-    near = s < 1e-4
-    safe = torch.where(near, 0.25, s)
-    return torch.where(near, 4 * s + 4 * s**2 / 3 + 32 * s**3 / 45, 4 * safe.sqrt().asin().square())
+    near, far = euclidean(x, y) / 2, euclidean(x, -y) / 2
+    nearer = near <= far
+    # What is not used must have a finite slope too: the arc sine has none at 1.
+    arc = torch.where(
+        nearer,
+        2 * torch.where(nearer, near, 0.5).asin(),
+        math.pi - 2 * torch.where(nearer, 0.5, far).asin(),
+    )
+    return arc.square()
 
 
 def mahalanobis(precision: Tensor) -> Callable[[Tensor, Tensor], Tensor]:

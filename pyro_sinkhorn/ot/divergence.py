@@ -34,6 +34,7 @@ from pyro_sinkhorn.ot.checks import (
 )
 from pyro_sinkhorn.ot.cost import Cost
 from pyro_sinkhorn.ot.extension import Moves
+from pyro_sinkhorn.ot.faults import naming_points
 from pyro_sinkhorn.ot.halves import Half, Halves, draw_halves
 from pyro_sinkhorn.ot.sinkhorn import Transport
 
@@ -125,6 +126,7 @@ def sinkhorn_divergence(
     :returns: a :class:`DivergenceResult`
     :raises ValueError: for clouds that make no transport problem, or cannot be split, and as
         :func:`~pyro_sinkhorn.ot.sinkhorn` for a value without the gradient asked of it
+    :raises NonFiniteError: as :func:`~pyro_sinkhorn.ot.sinkhorn`
 
     >>> rng = torch.Generator().manual_seed(0)
     >>> x, y = torch.randn(2, 400, 2, generator=rng)
@@ -153,20 +155,37 @@ def sinkhorn_divergence(
             f"candidates have shape {tuple(candidates.shape)}: expected (*{tuple(x.shape[:-1])}, s, {x.shape[-1]}), s places "
             "for each point of x"
         )
-    if debias == "independent":
-        halves = draw_halves(
-            x.shape[-2],
-            y.shape[-2],
-            match_size,
-            units_x,
-            units_y,
-            shared_units,
-            generator=generator,
-            device=x.device,
-        )
-        return _independent(
-            x, y, epsilon, a, b, cost, halves, shared_units, scale, uniform, transport, candidates
-        )
+    with naming_points(x, y):
+        if debias == "independent":
+            halves = draw_halves(
+                x.shape[-2],
+                y.shape[-2],
+                match_size,
+                units_x,
+                units_y,
+                shared_units,
+                generator=generator,
+                device=x.device,
+            )
+            return _independent(
+                x, y, epsilon, a, b, cost, halves, shared_units, scale, uniform, transport, candidates
+            )
+        return _whole(x, y, epsilon, a, b, cost, debias, scale, uniform, transport, candidates)
+
+
+def _whole(
+    x: Tensor,
+    y: Tensor,
+    epsilon: Tensor,
+    a: Tensor,
+    b: Tensor,
+    cost: Cost,
+    debias: Debias,
+    scale: int,
+    uniform: bool,
+    transport: Transport,
+    candidates: Tensor | None,
+) -> DivergenceResult:
     out = transport(x, y, a, b, epsilon, uniform)
     moves = Moves(candidates, a, epsilon, cost)
     moves.add(1.0, y, b, out.g)

@@ -85,8 +85,8 @@ class Solution:
     are finite: their half-step from the other side.
 
     f, g:            potentials, ``(B, n)`` and ``(B, m)``, in units of the cost
-    marginal_error:  L1 error of the row marginals of this very pair ``(B,)``; its columns are exact,
-                     but for a symmetric problem, whose two marginals are one
+    marginal_error:  L1 error of the row marginals of this very pair ``(B,)``; its columns are exact, but for a symmetric
+                     problem, whose two marginals are one, and where rounding leaves them further off than the rows
     n_iters:         pairs of half-steps made, epsilon schedule included
     converged:       ``marginal_error <= tolerance``, ``(B,)``
     assignment:      where epsilon is 0, the point of y for each of x, ``(B, n)``

@@ -35,6 +35,7 @@ from pyro_sinkhorn.ot.checks import (
     make_problem,
 )
 from pyro_sinkhorn.ot.cost import Cost
+from pyro_sinkhorn.ot.faults import check_finite, naming_points
 from pyro_sinkhorn.ot.precision import full_precision
 from pyro_sinkhorn.ot.problem import ConvergenceWarning, Problem, Solution
 from pyro_sinkhorn.ot.rounding import rounded as round_to_coupling
@@ -92,7 +93,8 @@ def sinkhorn(
 ) -> SinkhornResult:
     r"""Optimal transport from ``x`` to ``y``, entropic, or exact with ``epsilon=0``.
 
-    :param x: points, ``(..., n, d)``; leading dimensions are a batch of independent problems
+    :param x: points, ``(..., n, d)``; leading dimensions are a batch of independent problems. Half precisions are
+        brought to float32 first, which the result then has
     :param y: points, ``(..., m, d)``
     :param epsilon: regularisation, absolute, in units of the cost: a number, or one per problem. 0 is the exact assignment
         (uniform weights, ``n == m``): its value is :math:`\tfrac1n\sum_i C_{i\sigma(i)}`, whichever ``value`` is asked
@@ -122,6 +124,7 @@ def sinkhorn(
     :returns: a :class:`SinkhornResult`
     :raises ValueError: for clouds, weights or an epsilon that make no transport problem; for a sharp or rounded value
         with the envelope gradient, where one is needed; for an assignment of unequal sizes or weights, or unrolled
+    :raises NonFiniteError: for points that are NaN or infinite, and where costs or potentials leave the range of the dtype
 
     >>> x, y = torch.tensor([[0.0], [1.0]]), torch.tensor([[1.0], [2.0]])
     >>> out = sinkhorn(x, y, epsilon=0.01)
@@ -140,7 +143,8 @@ def sinkhorn(
     if start is not None:
         problem = dataclasses.replace(problem, start=check_start(start, problem, batch_shape, gradient))
     transport = Transport(cost, value, gradient, problem.tolerance, max_iters, backend)
-    return transport.solve(problem, batch_shape)
+    with naming_points(x, y):
+        return transport.solve(problem, batch_shape)
 
 
 @dataclass(frozen=True)
@@ -181,12 +185,14 @@ class Transport:
         elif self.gradient == "envelope":
             check_envelope(self.value, problem)
         solution = solve(problem, self.backend, self.gradient)
+        value = value_of(problem, solution, self.value)
+        check_finite(problem, solution, value)
 
         def unbatch(t: Tensor) -> Tensor:
             return t.reshape(batch_shape + t.shape[1:])
 
         return SinkhornResult(
-            value=unbatch(value_of(problem, solution, self.value)),
+            value=unbatch(value),
             f=unbatch(solution.f.detach()),
             g=unbatch(solution.g.detach()),
             marginal_error=unbatch(solution.marginal_error),
@@ -214,12 +220,19 @@ def solve(problem: Problem, backend: str = "auto", gradient: Gradient = "envelop
         solution = backend_named(backend, problem)(problem)
     if problem.tolerance > 0 and not bool(solution.converged.all()):
         worst = float(solution.marginal_error.max())
-        if not math.isnan(worst):  # NaN inputs are the caller's to report, with the name of their source
+        if not math.isnan(worst):  # an error follows, which names the source
             warnings.warn(
                 f"Sinkhorn stopped after {solution.n_iters} iterations with a marginal error of {worst:.2g}, "
                 f"above the tolerance {problem.tolerance:.2g}: raise epsilon "
-                f"(now {float(problem.epsilon.min()):.3g}), max_iters or the tolerance",
+                f"(now {float(problem.epsilon.min()):.3g}), max_iters or the tolerance{_in_double(problem)}",
                 ConvergenceWarning,
                 stacklevel=5,
             )
     return solution
+
+
+def _in_double(problem: Problem) -> str:
+    """A hint where the digits of the dtype may be what is missing: exponents ``C / epsilon`` lose theirs as they grow."""
+    return (
+        "" if problem.x.dtype == torch.float64 else f", or give float64 instead of {str(problem.x.dtype)[6:]}"
+    )

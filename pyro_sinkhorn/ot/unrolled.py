@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_sinkhorn.ot.backends.log_domain import half_step, row_error
+from pyro_sinkhorn.ot.backends.log_domain import half_step, measured, row_error
 from pyro_sinkhorn.ot.first_derivative import first_derivative
 from pyro_sinkhorn.ot.problem import Problem, Solution, largest_exponent
 
@@ -28,7 +28,6 @@ def solve_unrolled(problem: Problem) -> Solution:
     cost, a, b, epsilon = problem.cost_matrix, problem.a, problem.b, problem.epsilon
     f = half_step_with_gradient(torch.zeros_like(b), cost, b, epsilon)
     g = half_step_with_gradient(f, cost.mT, a, epsilon)
-    error = torch.full_like(epsilon, torch.inf)
     iteration = 1
     while True:
         last = iteration == problem.max_iters
@@ -38,9 +37,10 @@ def solve_unrolled(problem: Problem) -> Solution:
         else:
             f_next = half_step_with_gradient(g, cost, b, epsilon)
         if last or problem.tolerance > 0:
-            error = row_error(f.detach(), f_next.detach(), a.detach(), epsilon)
-        if last or (problem.tolerance > 0 and not bool((error > problem.tolerance).any())):
-            return Solution(f, g, error, iteration, error <= problem.tolerance)
+            near = row_error(f.detach(), f_next.detach(), a.detach(), epsilon)
+            error = measured(problem, f, g, near, last)
+            if error is not None:
+                return Solution(f, g, error, iteration, error <= problem.tolerance)
         f = f_next
         g = half_step_with_gradient(f, cost.mT, a, epsilon)
         iteration += 1

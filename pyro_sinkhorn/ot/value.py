@@ -48,7 +48,12 @@ def plan(problem: Problem, solution: Solution) -> Tensor:
 
 def coupling_of(problem: Problem, solution: Solution) -> Tensor:
     r""":math:`P_{ij} = a_i b_j \exp((f_i+g_j-C_{ij})/\varepsilon)`, ``(B, n, m)``, with the graph of its parts."""
-    exponent = solution.f.unsqueeze(-1) + solution.g.unsqueeze(-2) - problem.cost_matrix
+    return coupling_at(problem, solution.f, solution.g)
+
+
+def coupling_at(problem: Problem, f: Tensor, g: Tensor) -> Tensor:
+    """:func:`coupling_of` at potentials that are no solution yet."""
+    exponent = f.unsqueeze(-1) + g.unsqueeze(-2) - problem.cost_matrix
     density = torch.minimum(exponent / problem.epsilon[:, None, None], ceiling(problem.a)).exp()
     return problem.a.unsqueeze(-1) * problem.b.unsqueeze(-2) * density
 

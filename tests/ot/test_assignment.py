@@ -6,6 +6,7 @@ import ot as pot
 import pytest
 import torch
 
+from pyro_sinkhorn.errors import NonFiniteError
 from pyro_sinkhorn.ot import sinkhorn, sinkhorn_divergence
 
 D = torch.float64
@@ -147,12 +148,13 @@ def test_equal_points_and_ties_make_no_trouble():
     assert slack[tied.plan() > 0].abs().max() < 1e-10
 
 
-def test_nan_points_are_left_to_the_caller():
+def test_points_that_are_no_numbers_are_named():
     x, y = clouds(2)
-    x[0, 3, 0] = torch.nan
-    out = sinkhorn(x, y, 0)
-    assert out.value.isnan().tolist() == [True, False]
-    assert out.converged.tolist() == [False, True]
+    x[1, 3, 0] = torch.nan
+    with pytest.raises(
+        NonFiniteError, match=r"x, shape \(2, .* in 1 of \d+ points .* point 3 of problem \(1,\)"
+    ):
+        sinkhorn(x, y, 0)
 
 
 NO_ASSIGNMENT = {

@@ -1,5 +1,6 @@
 """Entropic transport: the laws it obeys, its gradients, and the answers of other libraries."""
 
+import functools
 import math
 
 import geomloss
@@ -7,7 +8,8 @@ import ot as pot
 import pytest
 import torch
 
-from pyro_sinkhorn.ot import ConvergenceWarning, sinkhorn
+from pyro_sinkhorn.errors import NonFiniteError
+from pyro_sinkhorn.ot import ConvergenceWarning, sinkhorn, sinkhorn_divergence
 from pyro_sinkhorn.ot.backends import BACKENDS, log_domain
 
 D = torch.float64
@@ -680,6 +682,10 @@ BAD = {
     "a not normalised": ({"a": ones(12)}, r"weights a must be nonnegative and sum to 1; their sum is 12"),
     "b negative": ({"b": torch.cat([-ones(1), 2 * ones(1), 0 * ones(15)])}, r"weights b must be nonnegative"),
     "a NaN": ({"a": math.nan * ones(12)}, r"weights a must be nonnegative and sum to 1; their sum is nan"),
+    "no unit vectors": (
+        {"cost": "geodesic"},
+        r"x has vectors of lengths .* to .*: the cost 'geodesic' is between unit vectors",
+    ),
     "unknown cost": (
         {"cost": "cosine"},
         r"unknown cost 'cosine': expected one of \['euclidean', 'geodesic', 'l1', 'sqeuclidean'\]",
@@ -705,13 +711,42 @@ def test_what_is_no_problem_is_refused_with_what_was_given_and_expected(case):
         sinkhorn(**arguments)
 
 
-def test_nan_points_end_the_loop_and_are_left_to_the_caller(backend):
+@pytest.mark.parametrize("debias", [False, None, "self", "independent"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_points_that_are_no_numbers_are_named(backend, value, debias):
     x, y = clouds()
-    x[0, 0] = math.nan
-    out = sinkhorn(x, y, 0.5, backend=backend)  # no ConvergenceWarning, which would blame epsilon
-    assert out.value.isnan()
-    assert not out.converged
-    assert out.n_iters < 10
+    y[4, 0] = value
+    solve = sinkhorn if debias is False else functools.partial(sinkhorn_divergence, debias=debias)
+    # No ConvergenceWarning, which would blame epsilon.
+    with pytest.raises(
+        NonFiniteError, match=r"^y, shape \(17, 2\), is NaN or infinite in 1 of 17 points .* point 4\)"
+    ):
+        solve(x, y, 0.5, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("cost", "message"),
+    [
+        (
+            "sqeuclidean",
+            r"the cost 'sqeuclidean' is out of the range of torch.float32, since the largest .* 1e\+30",
+        ),
+        (
+            lambda x, y: (x @ y.mT).log(),
+            "the cost '<lambda>' returned (nan|-inf) between points that are finite",
+        ),
+    ],
+)
+def test_costs_that_are_no_numbers_are_named(cost, message):
+    x, y = torch.full((3, 1), 1e30, dtype=torch.float32), torch.full((4, 1), -1e30, dtype=torch.float32)
+    with pytest.raises(NonFiniteError, match=message):
+        sinkhorn(x, y, 1.0, cost=cost)
+
+
+def test_exponents_beyond_the_range_are_named(backend):
+    x, y = clouds()
+    with pytest.raises(NonFiniteError, match=r"the potentials are NaN or infinite .* epsilon 1e-305"):
+        sinkhorn(1e5 * x, y, 1e-305, backend=backend)
 
 
 def test_a_new_backend_needs_only_a_name(monkeypatch):

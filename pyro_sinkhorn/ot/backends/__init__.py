@@ -46,8 +46,6 @@ DENSE_BYTES = 2**30
 def choose(problem: Problem) -> str:
     """The name of the backend that ``"auto"`` stands for."""
     squared = problem.cost == "sqeuclidean"
-    if problem.x.dtype not in (torch.float32, torch.float64):
-        return "log"
     single = problem.x.is_cuda and problem.x.dtype == torch.float32
     if single and squared and len(problem.x) <= MOST_PROBLEMS and kernels_agree(problem.x.device):
         return "triton"

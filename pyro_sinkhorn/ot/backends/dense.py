@@ -48,15 +48,7 @@ SKIP = 2**17
 
 @torch.no_grad()
 def solve_dense(problem: Problem) -> Solution:
-    """Solve a batch of problems until every marginal error is below the tolerance.
-
-    :raises ValueError: for points that are neither float32 nor float64
-    """
-    if problem.x.dtype not in RANGE:
-        raise ValueError(
-            f"backend 'dense' computes in float32 or float64 and the points are {problem.x.dtype}: convert them, or take "
-            "backend='log'"
-        )
+    """Solve a batch of problems until every marginal error is below the tolerance."""
     scaling = Scaling(problem)
     solved = scaling.symmetric() if problem.symmetric else scaling.alternating()
     if solved is not None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pyro_sinkhorn.ot.backends.schedule import epsilon_schedule
 from pyro_sinkhorn.ot.problem import Problem, Solution
+from pyro_sinkhorn.ot.value import coupling_at
 
 
 @torch.no_grad()
@@ -44,13 +45,15 @@ def solve_log_domain(problem: Problem) -> Solution:
         # After a column step the columns are exact and the rows off by exp((f - f_next)/epsilon): the next
         # row step measures the error of the pair (f, g) for nothing.
         f_next = half_step(g, cost, log_b, epsilon)
-        error = row_error(f, f_next, problem.a.detach(), epsilon)
         # Written so that NaN ends the loop too. The last round only measures: the error is the returned pair's.
         # A tolerance of 0 asks for exactly max_iters rounds, also where rounding makes the error 0.
-        if iteration == problem.max_iters or (
-            problem.tolerance > 0 and not bool((error > problem.tolerance).any())
-        ):
-            break
+        last = iteration == problem.max_iters
+        if last or problem.tolerance > 0:
+            near = row_error(f, f_next, problem.a.detach(), epsilon)
+            found = measured(problem, f, g, near, last)
+            if found is not None:
+                error = found
+                break
         f = f_next
         g = half_step(f, cost.mT, log_a, epsilon)
     return Solution(f, g, error, len(stages) + iteration, error <= problem.tolerance)
@@ -61,6 +64,26 @@ def half_step(potential: Tensor, cost: Tensor, log_weights: Tensor, epsilon: Ten
     eps = epsilon[:, None]
     exponent = (log_weights + potential / eps).unsqueeze(-2) - cost / eps.unsqueeze(-1)
     return -eps * torch.logsumexp(exponent, -1)
+
+
+@torch.no_grad()
+def measured(problem: Problem, f: Tensor, g: Tensor, near: Tensor, last: bool) -> Tensor | None:
+    r"""The error to stop with, ``(B,)``; None to go on.
+
+    It is that of the plan as it will be made: the L1 error of its rows or its columns, the larger. Exponents are small
+    differences of numbers as large as :math:`C/\varepsilon`. Where these have no digits to spare, a plan is further from its
+    marginals than its potentials tell, and no iteration brings it nearer.
+
+    :param near: what the potentials tell, see :func:`row_error`
+    :param last: to stop in any case
+    """
+    if not last and bool((near > problem.tolerance).any()):
+        return None
+    plan = coupling_at(problem, f.detach(), g.detach())
+    rows, columns = plan.sum(-1) - problem.a.detach(), plan.sum(-2) - problem.b.detach()
+    error = torch.maximum(rows.abs().sum(-1), columns.abs().sum(-1))
+    unsolved = (error > problem.tolerance) & (near > problem.tolerance / 10)
+    return error if last or not bool(unsolved.any()) else None
 
 
 def row_error(f: Tensor, f_next: Tensor, a: Tensor, epsilon: Tensor) -> Tensor:

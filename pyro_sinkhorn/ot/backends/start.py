@@ -44,15 +44,15 @@ def gaussian_potentials(
     :param a: weights ``(B, n)``, None for equal ones
     :returns: ``(B, n)`` and ``(B, m)``
     """
-    quarter = epsilon.reshape(-1, 1, 1) / 4
+    quarter = (
+        epsilon.reshape(-1, 1, 1) / 4
+    )  # hypot, since the squares of variances leave the range of float32 soon
     squares_x = x.square()
     variance_x = weighted_mean(squares_x, a)
     if y is x:
-        f = (squares_x * (1 - variance_x / ((variance_x.square() + quarter.square()).sqrt() + quarter))).sum(
-            -1
-        )
+        f = (squares_x * (1 - variance_x / (variance_x.hypot(quarter) + quarter))).sum(-1)
         return f, f
     squares_y = y.square()
     variance_y = weighted_mean(squares_y, b)
-    root = (variance_x * variance_y + quarter.square()).sqrt() + quarter
+    root = (variance_x.sqrt() * variance_y.sqrt()).hypot(quarter) + quarter
     return (squares_x * (1 - variance_y / root)).sum(-1), (squares_y * (1 - variance_x / root)).sum(-1)

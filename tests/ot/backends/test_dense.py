@@ -263,7 +263,8 @@ def test_a_cloud_against_itself_takes_one_potential_and_few_steps(cost, masked):
 def test_only_costs_known_to_be_negative_definite_take_the_symmetric_step():
     x = normal(5, 2)
     assert not problem(x, x.clone(), 0.5).symmetric
-    assert not problem(x, x, 0.5, cost="geodesic").symmetric
+    sphere = x / x.norm(dim=-1, keepdim=True)
+    assert not problem(sphere, sphere, 0.5, cost="geodesic").symmetric
     assert not problem(x, x, 0.5, cost=sqeuclidean).symmetric
     assert not problem(x, x, 0.5, a=weights(5, 0), b=weights(5, 1)).symmetric
 
@@ -324,14 +325,13 @@ def test_batches_of_tiny_problems_end_where_each_would():
 def test_a_problem_that_is_no_number_leaves_its_neighbours_alone():
     x, y = normal(4, 30, 2), normal(4, 30, 2, seed=1)
     healthy = sinkhorn(x, y, 0.05, tolerance=1e-6, backend="dense")
-    x = x.index_fill(0, torch.tensor([2]), math.nan).requires_grad_()
-    out = sinkhorn(x, y, 0.05, tolerance=1e-6, backend="dense")
+    x = x.index_fill(0, torch.tensor([2]), math.nan)
+    out = solve_dense(problem(x, y, 0.05, tolerance=1e-6))
     assert out.converged.tolist() == [True, True, False, True]
-    assert out.value[2].isnan()
+    assert out.marginal_error[2].isnan()
     others = torch.tensor([0, 1, 3])
-    torch.testing.assert_close(out.value[others], healthy.value[others])
-    out.value[others].sum().backward()
-    assert x.grad[others].isfinite().all()
+    own = out.coupling.matrix()[others]
+    torch.testing.assert_close(own, healthy.plan()[others], atol=1e-6, rtol=0)
 
 
 def test_potentials_far_from_the_start_are_reached_along_a_schedule(monkeypatch):
@@ -432,15 +432,11 @@ BAD = {
     ),
     "too large for the dtype": (
         lambda: sinkhorn(torch.ones(2, 1).float(), torch.ones(2, 1).float(), 1e40),
-        "epsilon is 1e",
+        r"epsilon is 1e\+40, out of the range of torch.float32",
     ),
     "too small": (
         lambda: sinkhorn(torch.ones(2, 1).float(), torch.ones(2, 1).float(), 1e-50),
-        "which is 0 in torch.float32",
-    ),
-    "half precision": (
-        lambda: sinkhorn(torch.ones(2, 1).half(), torch.ones(2, 1).half(), 1.0, backend="dense"),
-        "float16",
+        "epsilon is 1e-50, out of the range of torch.float32",
     ),
 }
 
