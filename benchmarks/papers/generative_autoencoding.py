@@ -69,9 +69,9 @@ def tune(rows: Rows, prior: str, options: argparse.Namespace) -> None:
 
 
 def test(rows: Rows, prior: str, options: argparse.Namespace) -> None:
-    """Chosen weights, further seeds, test images."""
-    jobs = [(m, s) for m in options.methods for s in options.seeds]
-    random.shuffle(jobs)
+    """Chosen weights, further seeds, test images; seed by seed, so that a run that is stopped has whole tables."""
+    orders = [random.sample(options.methods, len(options.methods)) for _ in options.seeds]
+    jobs = [(m, s) for order, s in zip(orders, options.seeds, strict=True) for m in order]
     for method, seed in jobs:
         weight = chosen(rows.rows, prior, method)
         made = (prior, method, weight, seed, options.steps, "test", options.data_dir)
