@@ -26,7 +26,13 @@ class Checkpoints:
     """
 
     def __init__(self, path: str | os.PathLike[str], every: int) -> None:
+        if not isinstance(path, (str, os.PathLike)):
+            raise ProgramError(f"checkpoint is a {type(path).__name__}: expected the path of a file")
         self.path, self.every = Path(path), checked_integer("every", every, 1)
+        if self.path.is_dir():
+            raise ProgramError(
+                f"checkpoint={os.fspath(path)!r} is a folder: expected the path of a file in it"
+            )
         if not self.path.parent.is_dir():
             raise ProgramError(
                 f"checkpoint={os.fspath(path)!r}: there is no folder {str(self.path.parent)!r}"

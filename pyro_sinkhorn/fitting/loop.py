@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from pyro_sinkhorn.errors import LostRankError, NonFiniteError, ProgramError, ch
 from pyro_sinkhorn.fitting.callbacks import Callback
 from pyro_sinkhorn.fitting.checkpoint import Checkpoints, best_of, check_same, conditions, read
 from pyro_sinkhorn.fitting.interrupts import Interrupts
-from pyro_sinkhorn.fitting.validation import HeldOut, Validation, as_held_out, split
+from pyro_sinkhorn.fitting.validation import HeldOut, Validation, as_held_out, check_validation, split
 from pyro_sinkhorn.losses.base import Terms
 from pyro_sinkhorn.rng import RandomStream
 from pyro_sinkhorn.training import (
@@ -86,6 +86,12 @@ class FitOptions:
             raise ProgramError(
                 f"autocast is {self.autocast!r}: expected torch.bfloat16 (or torch.float16, on a GPU)"
             )
+        if not isinstance(self.callbacks, (list, tuple)):
+            raise ProgramError(
+                f"callbacks is a {type(self.callbacks).__name__}: expected a list of functions, [log_to(writer)] say"
+            )
+        if self.validation is not None:
+            check_validation(self.validation)
         for callback in self.callbacks:
             if not callable(callback):
                 raise ProgramError(
@@ -206,6 +212,12 @@ def run(program: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: Fi
     checkpoint = options.checkpoint if options.checkpoint is not None else options.resume
     checkpoints = None if checkpoint is None else Checkpoints(checkpoint, options.every)
     loading = len(args) == 1 and is_loader(args[0])
+    for value in args:
+        if isinstance(value, Iterator):
+            raise ProgramError(
+                f"an argument is a {type(value).__name__}, which can be read once only: pass arrays, tensors, or a DataLoader "
+                "or Dataset of torch.utils.data"
+            )
     with program._guarded(() if loading else args, kwargs), program.stream.active(), program.active():
         common_random_state()
         args, kwargs, held_out, positions = _hold_out(args, kwargs, options, found, device, loading)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from pyro_sinkhorn.training import (
     Minibatches,
     Trainer,
     as_tensor,
+    is_lazy,
     is_loader,
     loader_of,
 )
@@ -78,6 +80,22 @@ class HeldOut:
         size = self.batches.batch_size or 1
         for start in range(0, max(self.batches.n - size, 0) + 1, size):
             yield self.batches.at(torch.arange(start, start + size))
+
+
+def check_validation(given: Any) -> None:
+    """Whether this can be data to hold out.
+
+    :raises ProgramError: it is neither a share, nor arguments of a call, nor a loader
+    """
+    parts = given if isinstance(given, (tuple, list)) else (given,)
+    if len(parts) == 2 and isinstance(parts[0], tuple) and isinstance(parts[1], dict):
+        parts = (*parts[0], *parts[1].values())
+    known = (isinstance(given, float) and not isinstance(given, bool)) or is_loader(given)
+    if not known and not any(isinstance(part, (Tensor, np.ndarray)) or is_lazy(part) for part in parts):
+        raise ProgramError(
+            f"validation is {given!r}: expected a share between 0 and 1, the arguments of a call (a tensor or an array among "
+            "them), or a DataLoader"
+        )
 
 
 def as_held_out(validation: Any, device: torch.device | None) -> Any:
@@ -146,8 +164,11 @@ class Validation:
 
         :raises NonFiniteError: it is no number
         """
-        with distributed.alone():  # held-out data are not shared out: all would measure the same
-            value = self._loss(program, trainer)
+        try:
+            with distributed.alone():  # held-out data are not shared out: all would measure the same
+                value = self._loss(program, trainer)
+        except (NonFiniteError, ProgramError) as error:
+            raise type(error)(f"the held-out data, after {steps} steps: {error}") from error
         if distributed.running():
             value = Ranks(f"after step {program.num_steps}").agreed(value, "measuring held-out data")
         if not math.isfinite(value):
@@ -178,7 +199,7 @@ class Validation:
     def _loss(self, program: Any, trainer: Trainer) -> float:
         loss, total, count = program.loss, 0.0, 0
         terms = getattr(loss, "terms", None)
-        with undisturbed(), training_mode(program._all_modules(), training=False), torch.no_grad():
+        with undisturbed(), training_mode(trainer.modules, training=False), torch.no_grad():
             torch.manual_seed(self.SEED)
             for args, kwargs in self.data:
                 value = float(loss.loss(trainer.model, trainer.guide, *args, **kwargs))

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from pyro_sinkhorn import SinkhornProgram, Trace_Sinkhorn
-from pyro_sinkhorn.errors import ProgramError
+from pyro_sinkhorn.errors import NonFiniteError, ProgramError
 from pyro_sinkhorn.fitting import log_to
 from pyro_sinkhorn.fitting.validation import Validation, learned_tensors
 
@@ -178,6 +178,26 @@ def test_held_out_data_are_not_trained_on_and_the_best_state_is_kept():
     assert torch.equal(program.modules["net"].weight, measured[best][1])
 
 
+def test_networks_are_measured_as_they_will_be_used():
+    modes = []
+    net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Dropout(0.5))
+
+    def model(x):
+        pyro.module("net", net)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            modes.append((torch.is_grad_enabled(), net.training))
+            pyro.sample("x", dist.Normal(net(z), 0.5).to_event(1), obs=x)
+
+    program = SinkhornProgram(model, loss=Trace_Sinkhorn(match_size=8))
+    program.fit(X, num_steps=2, batch_size=32, validation=X[:40], validate_every=2, **QUIET)
+    assert modes[-1] == (False, False) and (True, True) in modes
+    statistics = program.modules["net"][1].running_mean.clone()
+    again = SinkhornProgram(model, loss=Trace_Sinkhorn(match_size=8))
+    again.fit(X, num_steps=2, batch_size=32, **QUIET)
+    assert torch.equal(again.modules["net"][1].running_mean, statistics)
+
+
 def test_measurements_have_the_same_noise():
     program = make().fit(
         X, num_steps=2, batch_size=32, validation=X[:40], validate_every=1, lr=1e-12, **QUIET
@@ -197,12 +217,35 @@ def test_patience_ends_a_fit(capsys):
 
 
 @pytest.mark.parametrize(
+    ("held_out", "words"),
+    [
+        (torch.full((40, 2), float("nan")), "the held-out data, after 1 steps: argument 0 .* NaN"),
+        (torch.randn(40, 3), "the held-out data, after 1 steps: latent group .* now gets 3"),
+        (X[:1], "the held-out data, after 1 steps: .* a batch of 1"),
+    ],
+)
+def test_held_out_data_that_cannot_be_measured(held_out, words):
+    with pytest.raises((ProgramError, NonFiniteError), match=words):
+        make().fit(X, num_steps=2, batch_size=32, validation=held_out, validate_every=1, **QUIET)
+
+
+def test_what_can_be_read_once_only():
+    with pytest.raises(ProgramError, match="a generator, which can be read once only"):
+        make().fit((x for x in X), num_steps=1, **QUIET)
+
+
+@pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"validation": 1.5}, "expected a share between 0 and 1"),
         ({"validation": 0.001}, "leaves at least 2 on each side"),
         ({"validation": 0.1, "batch_size": None}, "batch_size=None"),
+        ({"validation": True}, "validation is True: expected a share"),
+        ({"validation": "x"}, "validation is 'x': expected a share"),
+        ({"callbacks": print}, "callbacks is a builtin_function_or_method: expected a list"),
         ({"patience": 3}, "there are none"),
+        ({"checkpoint": "."}, "is a folder"),
+        ({"checkpoint": 3}, "checkpoint is a int"),
         ({"validation": 0.1, "patience": 0}, "patience is 0"),
         ({"validate_every": 0}, "validate_every is 0"),
         ({"max_grad_norm": -1.0}, "max_grad_norm is -1"),
