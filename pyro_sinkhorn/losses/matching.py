@@ -116,7 +116,7 @@ def match(
     :param paired: row i of both clouds shares covariates or weights, so no unit may be on both sides of a transport
     :param warned: what was already warned of, so that each warning comes once a group; None for no warnings
     :raises ProgramError: too few units to split
-    :raises NonFiniteError: the divergence is NaN or infinite
+    :raises NonFiniteError: points, costs or potentials are NaN or infinite
     """
     ranks = active()
     if ranks is not None and generator is None:
@@ -143,32 +143,32 @@ def match(
     with warnings.catch_warnings():
         # Said below, once: far from the prior, as at the start of a training, every step would say it.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        result = sinkhorn_divergence(
-            x.points,
-            y.points,
-            options.relative_epsilon * mean,
-            a,
-            b,
-            cost=options.cost,
-            debias=options.debias,
-            value=options.value,
-            gradient=options.gradient,
-            match_size=match_size,
-            units_x=x.units,
-            units_y=y.units,
-            shared_units=paired,
-            candidates=None if x.states is None else x.states.points,
-            tolerance=options.tolerance,
-            max_iters=options.max_iters,
-            backend=options.backend,
-            generator=generator,
-        )
-    if not bool(result.value.isfinite().all()):
-        raise NonFiniteError(
-            f"{group}: the transport between clouds of shape {tuple(x.points.shape)} and "
-            f"{tuple(y.points.shape)} is not finite, though the points are: their largest coordinates "
-            f"are {float(x.points.abs().max()):.3g} and {float(y.points.abs().max()):.3g}"
-        )
+        try:
+            result = sinkhorn_divergence(
+                x.points,
+                y.points,
+                options.relative_epsilon * mean,
+                a,
+                b,
+                cost=options.cost,
+                debias=options.debias,
+                value=options.value,
+                gradient=options.gradient,
+                match_size=match_size,
+                units_x=x.units,
+                units_y=y.units,
+                shared_units=paired,
+                candidates=None if x.states is None else x.states.points,
+                tolerance=options.tolerance,
+                max_iters=options.max_iters,
+                backend=options.backend,
+                generator=generator,
+            )
+        except NonFiniteError as error:
+            raise NonFiniteError(
+                f"{group}: transport between the guide's cloud x and the prior's y, of shape {tuple(x.points.shape)} and "
+                f"{tuple(y.points.shape)}: {error}"
+            ) from error
     stopped = options.tolerance > 0 and not bool(result.converged.all())
     if stopped and _first_time(warned, f"convergence of {group}"):
         warnings.warn(
