@@ -10,7 +10,7 @@ WORKERS ?= logical
 # benchmarks/<name>.py, run without arguments, writes benchmarks/results/<name>.json
 BENCHMARKS ?= no_shrinkage ot_accuracy digits globals_and_dependence svi_step_cost \
 	unrolled_gradients iris_ellipsoids simulator_recovery \
-	posterior_exact posterior_calibration learning_and_calibration
+	posterior_exact posterior_calibration learning_and_calibration distributed_scaling
 
 PY := $(VENV)/bin/python
 PACKAGING := pyproject.toml setup.py constraints.txt

@@ -412,6 +412,24 @@ def fit_shares_the_data_out(rank: int) -> Any:
 
 
 @case
+def resumed(rank: int) -> Any:
+    """Stopped after 7 of 10 steps, and gone on with from rank 0's checkpoint."""
+    path, x, model = Path(f"{sys.argv[1]}.checkpoint"), two_clusters(), digits(seed=0)
+    options = {"num_steps": 10, "batch_size": 17, "progress": False}
+
+    def made() -> SinkhornProgram:
+        return SinkhornProgram(model, loss=Trace_Sinkhorn(match_size=4))
+
+    whole = made().fit(x, seed=3, **options)
+    made().fit(
+        x, seed=3, checkpoint=path, callbacks=[lambda program, values: program.num_steps == 7], **options
+    )
+    distributed.Ranks().any(True, "waiting until rank 0 has written")
+    again = made().fit(x, resume=path, **options)
+    return {"value": torch.tensor(again.history.loss)}, {"value": torch.tensor(whole.history.loss)}
+
+
+@case
 def svi_with_batch_norm(rank: int) -> Any:
     pyro.clear_param_store()
     torch.manual_seed(rank)

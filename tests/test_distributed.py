@@ -114,6 +114,7 @@ def test_every_case_is_looked_at(pair):
         "svi_with_batch_norm",
     }
     seen |= {
+        "resumed",
         "a_parameter_that_comes_late",
         "own_loop",
         "refused_losses",
@@ -146,6 +147,12 @@ def test_fit_leaves_equal_parameters_and_learns(pair):
     # Of every minibatch of 17, rank 0 takes 9 and rank 1 takes 8.
     assert first["rows"].tolist() == [9] * 60
     assert second["rows"].tolist() == [8] * 60
+
+
+def test_a_shared_fit_is_resumed_to_the_bit(pair):
+    for found, expected in both(pair, "resumed"):
+        assert len(expected["value"]) == 10
+        assert torch.equal(found["value"], expected["value"])
 
 
 def test_parameters_and_statistics_of_batch_norm_stay_equal_in_svi(pair):
