@@ -34,13 +34,12 @@ from torch import Tensor
 from pyro_sinkhorn.ot import sinkhorn
 
 SEED = 0
-POWERS = (1.0, 1.5, 2.0)
-EPSILONS = (0.1, 0.3, 1.0)
+POWERS = (2.0, 1.5, 1.0)
+EPSILONS = (1.0, 0.3, 0.1)
 PERTURBATIONS = 10_000
 #: L1 error of the marginals; a value is off by less than this times the largest cost.
 TOLERANCE = 1e-9
-#: ``(atoms, dimension, points a half)`` of the searches, and their random starts.
-SEARCHES = ((5, 2, 2), (5, 2, 3), (4, 1, 2))
+#: Random starts of the searches, by points a half.
 STARTS = {2: 30, 3: 8}
 EXACT_SIZES = (1, 2, 3, 4, 5, 6)
 SAMPLED_SIZES = (8, 16, 32, 64)
@@ -240,23 +239,6 @@ def main() -> None:
     keys = ("part", "name", "size", "power")
     rows = Rows("papers_positivity", settings, keys, keep=not small, packages=["scipy"], show=show)
 
-    for power in POWERS[-1:] if small else (2.0, 1.5, 1.0):
-        for m, d, k in SEARCHES[:1] if small else SEARCHES:
-            if d > 1:
-                counterexample(rows, power, m, d, k, small)
-    counterexample(rows, "arc", 4, 1, 2, small)
-
-    circle = torch.arange(4, dtype=torch.float64).unsqueeze(-1) * math.pi / 2
-    charge = 1e-3 * torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
-    for k in (1, 2) if small else (1, 2, 3, 4, 6, 8, 10, 12):
-
-        def near(k: int = k) -> dict[str, Any]:
-            mean, cross = exactly(circle, "arc", 0.25 + charge, 0.25 - charge, k)
-            # Of every divergence of laws h apart, per square of the mass that differs.
-            return {"mean": mean, "cross": cross, "curvature": mean / 4e-3**2, "seed": SEED}
-
-        rows.make(near, part="curvature", name="four atoms of the circle", size=k, power="arc")
-
     for name, (first, second) in named_laws().items():
         for size in (2,) if small else (2, 8, 32, 128):
             for relative in (0.0, RELATIVE_EPSILON):
@@ -271,7 +253,7 @@ def main() -> None:
                     power=2.0,
                 )
 
-    for power in POWERS[-1:] if small else POWERS:
+    for power in POWERS[:1] if small else POWERS:
         for epsilon in EPSILONS[1:2] if small else EPSILONS:
             for iterations in (None, 10):
                 number = 100 if small else PERTURBATIONS
@@ -284,6 +266,22 @@ def main() -> None:
                     size=8,
                     power=power,
                 )
+
+    circle = torch.arange(4, dtype=torch.float64).unsqueeze(-1) * math.pi / 2
+    charge = 1e-3 * torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
+    for k in (1, 2) if small else (1, 2, 3, 4, 6, 8, 10, 12):
+
+        def near(k: int = k) -> dict[str, Any]:
+            mean, cross = exactly(circle, "arc", 0.25 + charge, 0.25 - charge, k)
+            # Of every divergence of laws h apart, per square of the mass that differs.
+            return {"mean": mean, "cross": cross, "curvature": mean / 4e-3**2, "seed": SEED}
+
+        rows.make(near, part="curvature", name="four atoms of the circle", size=k, power="arc")
+
+    counterexample(rows, "arc", 4, 1, 2, small)
+    for power in POWERS[:1] if small else POWERS:
+        for k in (2,) if small or power < 2 else (2, 3):
+            counterexample(rows, power, 5, 2, k, small)
 
 
 if __name__ == "__main__":

@@ -142,12 +142,14 @@ def figure(rows: list[dict[str, Any]]) -> None:
             mine = [row for row in rows if (row["dimension"], row["epsilon"]) == (d, e)]
             sizes = [row["n"] for row in mine]
             for name, style in (("same-batch, sharp", "o-"), ("halves, sharp", "s--")):
-                label = f"ε = {e}" if style == "o-" else None
+                label = ("ε = ∞" if e == "inf" else f"ε = {e:g}") if style == "o-" else None
                 errors, ses = ([row[name][key] for row in mine] for key in ("rms", "rms_se"))
                 ax.errorbar(
                     sizes, errors, ses, fmt=style, color=colour, label=label, markersize=3.5, linewidth=1.2
                 )
-        ax.set(xscale="log", yscale="log", xlabel="points in each cloud", title=f"uniform on [0, 1]^{d}")
+        ax.set(
+            xscale="log", yscale="log", xlabel="points in each cloud", title=f"uniform on $[0, 1]^{{{d}}}$"
+        )
         ax.set_xticks(sizes, map(str, sizes))
         ax.minorticks_off()
         ax.grid(alpha=0.3)

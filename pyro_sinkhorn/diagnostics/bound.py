@@ -6,7 +6,7 @@ Let G be the generator, the mean of the observed sites given the latents of a da
                             \;\le\; \bigl(\mathbb E\|x-G(z)\|^2\bigr)^{1/2} + \gamma\, W_2(Q_Z, P_Z)
 
 with :math:`P_X` the law of the data, :math:`Q_Z` the aggregated posterior, :math:`P_Z` the prior (Patrini et al. 2018,
-*Sinkhorn AutoEncoders*, theorem 3.1): a datum and its own reconstruction are one coupling, of cost what is left after the
+*Sinkhorn AutoEncoders*): a datum and its own reconstruction are one coupling, of cost what is left after the
 reconstruction. With any coupling of the latents, :math:`(\mathbb E\|G(z)-G(z')\|^2)^{1/2}` may stand for the last term,
 which is at most :math:`\gamma` times the cost of that coupling and needs no :math:`\gamma`. Simulated data scatter around
 G; coupled with their own means they are :math:`(\mathbb E\,\mathrm{tr}\,\mathrm{Cov}(x|z))^{1/2}` away.
