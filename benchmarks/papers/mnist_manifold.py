@@ -4,7 +4,8 @@ r"""The manifold of MNIST: digits decoded from the unit square by transport alon
     python benchmarks/papers/mnist_manifold.py --smoke-test          # scikit-learn's digits; writes nothing
 
 z ~ Uniform([0, 1]^2), x = sigmoid(f(z)), f a perceptron with two hidden layers; no likelihood, no encoder. All fits start
-from the same generator, see the same minibatches where these have one size, and make the same number of steps of Adam, by ``Trace_DataSinkhorn``:
+from the same generator, see the same minibatches where these have one size, and make the same number of steps of Adam,
+unless said otherwise, by ``Trace_DataSinkhorn``:
 
 - *the paper's form*: :math:`\bar W = 2W(\mu,\nu) - W(\mu,\mu) - W(\nu,\nu)` on one batch, W the sharp value
   :math:`\langle P, C\rangle` after exactly L iterations, the gradient unrolled through them. C is the squared distance of grey
