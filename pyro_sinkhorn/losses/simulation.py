@@ -87,6 +87,7 @@ def simulation_of(
     (check_guide or _check_guide)(guide, structure)
     members: dict[Any, list[str]] = {}
     for name in structure.data:
+        _leave_autocast(simulated.nodes[name], observed.nodes[name]["value"])
         _fill_missing(simulated.nodes[name], observed.nodes[name])
         members.setdefault(plates_of(observed.nodes[name]), []).append(name)
         _check_data(name, simulated, observed)
@@ -174,6 +175,15 @@ def _check_guide(guide: Trace, structure: Structure) -> None:
         raise ProgramError(
             f"the guide samples {unknown}, which are not latents of the model {structure.latents}"
         )
+
+
+def _leave_autocast(simulated: Site, data: Any) -> None:
+    """Simulated values in the dtype of the data where it is autocast that made another one of it."""
+    value = simulated["value"]
+    if not (isinstance(data, Tensor) and value.dtype in (torch.bfloat16, torch.float16)):
+        return
+    if data.dtype == torch.float32 and torch.is_autocast_enabled(value.device.type):
+        simulated["value"] = value.float()
 
 
 def _fill_missing(simulated: Site, observed: Site) -> None:
