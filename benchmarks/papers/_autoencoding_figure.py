@@ -41,7 +41,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
     _path.FIGURES.mkdir(parents=True, exist_ok=True)
     priors = [prior for prior in PRIORS if tested(rows, prior, "ours")]
     figure, axes = plt.subplots(
-        1, len(priors), figsize=(4.2 * len(priors), 4.4), squeeze=False, layout="constrained"
+        1, len(priors), figsize=(2.6 + 4.2 * len(priors), 4.2), squeeze=False, layout="constrained"
     )
     for ax, prior in zip(axes[0], priors, strict=True):
         for method, title in TITLES.items():
@@ -63,7 +63,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
         ax.set(title=NAMES[prior], xlabel="squared error of a test image", yscale="log")
     axes[0][0].set_ylabel("Fréchet distance of generated images")
     handles, labels = max((ax.get_legend_handles_labels() for ax in axes[0]), key=lambda pair: len(pair[0]))
-    figure.legend(handles, labels, loc="outside lower center", ncol=5, frameon=False, fontsize=8)
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
     figure.savefig(_path.FIGURES / "generative_autoencoding.png", dpi=110)
     plt.close(figure)
     _draw_samples(rows, plt)
