@@ -12,7 +12,8 @@ ae      no match, no noise
 
 The weight is chosen once a method, among as many, on Dirichlet(1/5) in sixteen dimensions with a seed and a number of
 steps of its own: the smallest Fréchet distance between digits generated from the prior and the validation images. It then
-serves all priors and the three seeds reported. Rows with other weights or numbers of steps are forgotten. Measures are in :func:`measure`.
+serves all priors and the three seeds reported. Rows with other weights to choose from or other numbers of steps are forgotten.
+Measures are in :func:`measure`.
 
     python benchmarks/papers/dirichlet.py --data-dir ../shared/data   # 25 minutes of one core; goes on where it stopped
     python benchmarks/papers/dirichlet.py --data-dir ../shared/data --tuning-steps 1000 --weights 30 100 300 1000

@@ -239,7 +239,7 @@ def agreement(batch: int, smoke: bool) -> dict[str, Any]:
     Five pairs of independent clouds of one law, as late in a training; the cosine is the mean over them.
     """
     torch.manual_seed(AGREEMENT_SEED)
-    out: dict[str, Any] = {}
+    out = {}
     settings: dict[str, dict[str, Any]] = {
         "envelope": {"tolerance": 1e-2},
         "unrolled, 50": {"tolerance": 0.0, "max_iters": 50, "value": "sharp", "gradient": "unrolled"},
@@ -316,7 +316,6 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data-dir", type=Path, help="folder of mnist.npz; without it scikit-learn's digits")
-    parser.add_argument("--only", choices=list(SETTINGS), action="append", help="these spaces")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--figure", action="store_true", help="draw the kept maps again")
     parser.add_argument("--smoke-test", action="store_true", help="a few steps; writes nothing")
@@ -333,7 +332,7 @@ def main() -> None:
     rows = Rows(
         NAME, SETTINGS, ("space", "method", "seed"), keep=not smoke, packages=["scikit-learn"], show=show_row
     )
-    spaces = {space: Data(space, None if smoke else options.data_dir) for space in options.only or SETTINGS}
+    spaces = {space: Data(space, None if smoke else options.data_dir) for space in SETTINGS}
     for space, data in spaces.items():
         measure = functools.partial(reference, space, data)
         rows.make(measure, space=space, method="reference", seed=REFERENCE_SEED)
