@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pyro_sinkhorn.ot.cost import cost_matrix, euclidean, sqeuclidean
+from pyro_sinkhorn.ot.cost import cost_matrix, euclidean, geodesic, sqeuclidean
 
 D = torch.float64
 
@@ -118,3 +118,17 @@ def test_the_error_names_the_callable():
 
     with pytest.raises(ValueError, match="the cost 'diagonal'"):
         cost_matrix(diagonal, *clouds(1))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-25, 1e25, 1e30])
+def test_distances_stay_in_the_range_of_float32_where_their_squares_do_not(scale):
+    x, y = torch.randn(5, 3), torch.randn(4, 3)
+    single = euclidean((scale * x).float(), (scale * y).float())
+    torch.testing.assert_close(single.double() / scale, euclidean(x, y), rtol=1e-5, atol=0)
+
+
+def test_arcs_near_antipodes_keep_their_digits():
+    angle = torch.tensor([0.0, 1e-4, 1e-2, 1.0, 3.0, 3.14, 3.14159, torch.pi], dtype=torch.float32)
+    x = torch.stack([angle.cos(), angle.sin()], -1)
+    found = geodesic(x, torch.tensor([[1.0, 0.0]], dtype=torch.float32)).sqrt().squeeze(-1)
+    torch.testing.assert_close(found, angle, rtol=1e-6, atol=1e-7)

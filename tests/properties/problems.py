@@ -142,7 +142,9 @@ def cases(draw: Any, extreme: bool = True, **options: Any) -> Case:
         x, y = (p / np.maximum(np.linalg.norm(p, axis=-1, keepdims=True), 1e-6) for p in (x, y))
         x, y = (np.where(np.linalg.norm(p, axis=-1, keepdims=True) < 0.5, np.eye(d)[0], p) for p in (x, y))
     elif extreme:
-        scale = draw(st.one_of(st.just(0), st.integers(-30, 30)))
+        scale = draw(
+            st.one_of(st.just(0), st.integers(-30, 30), st.sampled_from([-30, -25, -20, 20, 25, 30]))
+        )
         shift = draw(st.sampled_from([0.0, 0.0, 1.0, 1e3, 1e6]))
         apart = draw(st.sampled_from([0.0, 0.0, 1e-3, 1.0, 1e2, 1e5]))
         x, y = (x + shift) * 10.0**scale, (y + shift + apart) * 10.0**scale
