@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import render_dependable
 import render_distributed
 import render_papers
 import render_posterior
@@ -235,6 +236,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     **render_structure.SECTIONS,
     **render_speed.SECTIONS,
     **render_papers.SECTIONS,
+    **render_dependable.SECTIONS,
     **render_distributed.SECTIONS,
     "step ratio": step_ratio,
 }
