@@ -116,7 +116,8 @@ class Generator:
                     f"observed site {name!r}: its mean differs between data that have equal latents, as with covariates: "
                     "the bound needs one generator for all data. Ask for it of data that share their covariates"
                 )
-        even = torch.arange(self.plate.size) % 2 == 0
+        device = next(iter(own.values())).device
+        even = torch.arange(self.plate.size, device=device) % 2 == 0
         mixed = {
             name: torch.where(even.reshape(self._along(name)), value, other[name])
             for name, value in own.items()
