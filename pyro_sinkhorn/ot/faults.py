@@ -68,7 +68,7 @@ def _cause(problem: Problem) -> str:
             "scale, and epsilon by that of the cost, or give float64"
         )
     return (
-        f"the potentials are NaN or infinite though points and costs are finite: {largest}, the largest cost is "
+        f"potentials or plan are NaN or infinite though points and costs are finite: {largest}, the largest cost is "
         f"{_largest(cost):.3g}, epsilon {float(problem.epsilon.min()):.3g}. {cost.dtype} does not reach so far: divide the "
         "points by their scale, raise epsilon, or give float64"
     )

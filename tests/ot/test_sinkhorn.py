@@ -745,7 +745,7 @@ def test_costs_that_are_no_numbers_are_named(cost, message):
 
 def test_exponents_beyond_the_range_are_named(backend):
     x, y = clouds()
-    with pytest.raises(NonFiniteError, match=r"the potentials are NaN or infinite .* epsilon 1e-305"):
+    with pytest.raises(NonFiniteError, match=r"potentials or plan are NaN or infinite .* epsilon 1e-305"):
         sinkhorn(1e5 * x, y, 1e-305, backend=backend)
 
 

@@ -167,7 +167,10 @@ def check_step(case: Case) -> None:
         except (ProgramError, NonFiniteError) as error:
             SEEN["named errors"] += 1
             left = int(case.mask_of(x).reshape(len(x), -1).any(-1).sum())
-            if left >= 2 or not ("batch of 1" in str(error) or "at least 2" in str(error)):
+            too_few = left < 2 and ("batch of 1" in str(error) or "at least 2" in str(error))
+            # Simulated data 1e8 times as wide as the data that are their unit, squared, have no digits left in float32.
+            too_far = case.dtype == torch.float32 and case.size < 1e-6 and "or give float64" in str(error)
+            if not (too_few or too_far):
                 raise AssertionError(f"{case}: {type(error).__name__}: {error}") from error
             return
         SEEN["finite"] += 1
