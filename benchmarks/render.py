@@ -25,7 +25,10 @@ from _tables import ROOT, load, origin, table
 
 DOCUMENTS = [
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "concepts", "distributed", "papers", "simulators")),
+    *(
+        ROOT / "docs" / f"{name}.md"
+        for name in ("benchmarks", "concepts", "distributed", "papers", "simulators")
+    ),
 ]
 
 
