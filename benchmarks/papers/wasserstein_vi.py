@@ -314,7 +314,7 @@ def main() -> None:
     components = Components(data.train, min(COMPONENTS, data.train.shape[1] // 2))
     study = Study(data, judge, components, rows, steps, tuning_steps, simulations)
     for method in METHODS:
-        for candidate in method.candidates:
+        for candidate in method.candidates[:1] if smoke else method.candidates:
             study.run(method, candidate, TUNING_SEED)
     for seed in options.seeds[:1] if smoke else options.seeds:
         for method in METHODS:
