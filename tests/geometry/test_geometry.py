@@ -251,7 +251,8 @@ def test_shapes_with_batches(prior):
     embedded = geometry.embed(draws)
     assert embedded.shape[:2] == (5, 2)
     assert embedded.dim() == 3
-    assert torch.equal(embedded[3, 1], geometry.embed(draws[3, 1]))
+    # Rounding only: a batch of eigenvalue problems may be solved by other routines than one of them, as processors have it.
+    torch.testing.assert_close(embedded[3, 1], geometry.embed(draws[3, 1]), rtol=1e-13, atol=1e-13)
     assert geometry.flatten(draws).shape == (5, 2, math.prod(prior.event_shape))
 
 
