@@ -128,9 +128,12 @@ class Scaling:
                 continue
             if (done or worst > 0.1 or iteration % 8 == 0) and self.out_of_range(phi - self.phi, v.log2()):
                 self.rebuild(phi, self.gamma + self.finite(v.log2()))
-                u, v, active = torch.ones_like(a), torch.ones_like(b), None
+                u, active = torch.ones_like(a), None
                 if not last:
                     continue
+                v, error = self.with_exact_columns(u)
+                if not bool(error.isfinite().all()):
+                    return None
             if done:
                 return self.solution(phi, self.gamma + v.log2(), u, v, error, iteration)
             if iteration == LATE and worst > FAR and problem.tolerance > 0:
@@ -176,6 +179,13 @@ class Scaling:
                 self.rebuild(phi, phi)
             u = (phi - self.phi).exp2_()
         raise AssertionError("max_iters is at least 1")
+
+    def with_exact_columns(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """The column scaling, and the error of the rows: of a matrix made again, which is not the one measured before."""
+        v = self.b / times_rows(u, self.kernel, None, self.b)
+        if self.masked:
+            v.masked_fill_(self.b == 0, 0)
+        return v, (u * times_columns(self.kernel, v, None, self.a) - self.a).abs_().sum(-1)
 
     def log_residual(self, sums: Tensor) -> Tensor:
         """Logarithm of what the rows hold over what they should. One that lost all to underflow lacks the whole range."""
