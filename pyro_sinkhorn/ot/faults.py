@@ -69,8 +69,8 @@ def _cause(problem: Problem) -> str:
         )
     return (
         f"potentials or plan are NaN or infinite though points and costs are finite: {largest}, the largest cost is "
-        f"{_largest(cost):.3g}, epsilon {float(problem.epsilon.min()):.3g}. {cost.dtype} does not reach so far: divide the "
-        "points by their scale, raise epsilon, or give float64"
+        f"{_largest(cost):.3g}, epsilon {float(problem.epsilon.min()):.3g}. {cost.dtype} has no digits left at that ratio: "
+        "bring the clouds nearer to each other, or raise epsilon"
     )
 
 

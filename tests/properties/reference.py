@@ -22,7 +22,8 @@ import ot as pot
 class Certified:
     """Bounds of the entropic value, and the plan and potentials of the upper and lower one, where the iteration found both.
 
-    ``span`` bounds how much an optimal row potential varies: it is a c-transform, so no more than a column of the cost.
+    ``spans`` bound how much optimal potentials of rows and of columns vary: they are c-transforms, so no more than a column or
+    a row of the cost.
     """
 
     lower: float
@@ -30,7 +31,7 @@ class Certified:
     plan: np.ndarray
     f: np.ndarray
     g: np.ndarray
-    span: float
+    spans: tuple[float, float]
 
 
 def cost_of(name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -53,8 +54,8 @@ def certified(cost: np.ndarray, a: np.ndarray, b: np.ndarray, epsilon: float, ro
     found = _solved(cost[np.ix_(rows, columns)] / largest, a[rows], b[columns], epsilon / largest, rounds)
     f, g, plan = np.zeros(len(a)), np.zeros(len(b)), np.zeros(cost.shape)
     f[rows], g[columns], plan[np.ix_(rows, columns)] = found.f * largest, found.g * largest, found.plan
-    span = float(np.ptp(cost[np.ix_(rows, columns)], axis=0).max())
-    return Certified(found.lower * largest, found.upper * largest, plan, f, g, span)
+    spans = tuple(float(np.ptp(cost[np.ix_(rows, columns)], axis=axis).max()) for axis in (0, 1))
+    return Certified(found.lower * largest, found.upper * largest, plan, f, g, spans)
 
 
 def _solved(cost: np.ndarray, a: np.ndarray, b: np.ndarray, epsilon: float, rounds: int) -> Certified:
@@ -80,7 +81,7 @@ def _solved(cost: np.ndarray, a: np.ndarray, b: np.ndarray, epsilon: float, roun
         exact = _coupling(exact, a, b)
         lower = max(lower, float((exact * cost).sum()) - 1e-13)
         upper = min(upper, _primal(exact, cost, a, b, epsilon))
-    return Certified(lower, upper, plan, f, g, 0.0)
+    return Certified(lower, upper, plan, f, g, (0.0, 0.0))
 
 
 def _logsumexp(values: np.ndarray, axis: int) -> np.ndarray:

@@ -93,16 +93,26 @@ def check_transport(case: Case) -> None:
     eps = torch.finfo(case.dtype).eps
     values, errors, converged = (flat(t, 0) for t in (out.value, out.marginal_error, out.converged))
     rows = zip(
-        case.parts(), case.costs(), values, errors, converged, flat(plan, 2), flat(out.f, 1), strict=True
+        case.parts(),
+        case.costs(),
+        values,
+        errors,
+        converged,
+        flat(plan, 2),
+        flat(out.f, 1),
+        flat(out.g, 1),
+        strict=True,
     )
-    for (_, _, a, b), cost, value, error, done, matrix, f in rows:
+    for (_, _, a, b), cost, value, error, done, matrix, f, g in rows:
         assert bool(done) == (error <= tolerance)
         # The plan is as far from its marginals as is said.
-        off = max(np.abs(matrix.sum(1) - a).sum(), np.abs(matrix.sum(0) - b).sum())
-        assert off <= (1.001 if done else 1.05) * error + (20 + n + m) * eps
-        # With exact columns D(f*) <= D(f) + <a - P1, f* - f>, and the sum of a - P1 is 0.
+        off = [np.abs(matrix.sum(1) - a).sum(), np.abs(matrix.sum(0) - b).sum()]
+        assert max(off) <= (1.001 if done else 1.05) * error + (20 + n + m) * eps
+        # The dual is concave: D(f*, g*) <= D(f, g) + <a - P1, f* - f> + <b - P'1, g* - g>, differences with the sum 0.
         truth, noise = certified(cost, a, b, case.epsilon), rounding(case, cost)
-        below = error / 2 * (np.ptp(f[a > 0]) + truth.span)
+        below = error / 2 * (np.ptp(f[a > 0]) + truth.spans[0]) + off[1] / 2 * (
+            np.ptp(g[b > 0]) + truth.spans[1]
+        )
         assert truth.lower - below - noise <= value <= truth.upper + noise
 
 
