@@ -228,9 +228,25 @@ def run(program: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: Fi
         )
         if found is not None:
             check_same(found, batches)
+        trainer = _trainer(program, batches, options)
+        validation = None
+        if held_out is not None:
+            data = HeldOut(held_out, batches.batch_size, device)
+            validation = Validation(data, options.patience, options.keep_best, best_of(found))
+        kept = conditions(batches) | {"held_out": positions}
+        total, done = _lengths(options, batches, found)
+        _Fit(program, options, trainer, total, done, validation, checkpoints, kept).run()
+
+
+def _trainer(program: Any, batches: Batches, options: FitOptions) -> Trainer:
+    """What makes the steps; it looks at the program once, which NaN may end as it may end a step.
+
+    :raises NonFiniteError: naming source and step
+    """
+    try:
         snapshot.wake_guide(program, *batches.first())
         modules = [*program.owned.originals.values(), *program._all_modules()]
-        trainer = Trainer(
+        return Trainer(
             program.model,
             program.guide,
             program.loss,
@@ -240,13 +256,8 @@ def run(program: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: Fi
             options.max_grad_norm,
             options.autocast,
         )
-        validation = None
-        if held_out is not None:
-            data = HeldOut(held_out, batches.batch_size, device)
-            validation = Validation(data, options.patience, options.keep_best, best_of(found))
-        kept = conditions(batches) | {"held_out": positions}
-        total, done = _lengths(options, batches, found)
-        _Fit(program, options, trainer, total, done, validation, checkpoints, kept).run()
+    except NonFiniteError as error:
+        raise NonFiniteError(f"step {program.num_steps}: {error}") from error
 
 
 def _same_file(a: Any, b: Any) -> bool:
