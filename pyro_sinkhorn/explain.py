@@ -99,12 +99,25 @@ def _explain(
             "for example with x.to(device) and decoder.to(device)"
         )
     if isinstance(error, ValueError) and text.startswith("Expected parameter"):
-        return _explain_parameter(owner, text, "nan" in str(error) or "Real()" in text, sites, args, kwargs)
+        is_nan = "nan" in str(error) or "Real()" in text
+        return _explain_parameter(owner, text, is_nan, sites, _not_finite(trace), args, kwargs)
     return None
 
 
+def _not_finite(trace: Trace) -> list[str]:
+    """Names of the parameters, of networks too, that are NaN or infinite."""
+    params = {name: node["value"] for name, node in trace.nodes.items() if node["type"] == "param"}
+    return [name for name, value in params.items() if not bool(value.isfinite().all())]
+
+
 def _explain_parameter(
-    owner: str, text: str, is_nan: bool, sites: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    owner: str,
+    text: str,
+    is_nan: bool,
+    sites: dict[str, Any],
+    bad: list[str],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Exception:
     """A distribution refused its parameters: because of the data, of a latent, or of the network in between?"""
     what = text.replace(", but found invalid values:", "").replace("Expected parameter", "parameter")
@@ -121,6 +134,11 @@ def _explain_parameter(
                 f"has diverged ({what})"
             )
     after = f"after its sites {list(sites)}" if sites else "before its first site"
+    if is_nan and bad:
+        return NonFiniteError(
+            f"the {owner} made NaN {after}, of finite arguments and latents: {len(bad)} of the parameters it read are NaN or "
+            f"infinite, the first is {bad[0]!r}; a network such as the decoder that holds it has diverged ({what})"
+        )
     if is_nan:
         return NonFiniteError(
             f"the {owner} made NaN {after}, of finite arguments and latents: the network that makes this parameter, mostly "

@@ -213,7 +213,7 @@ NAMES = {
     "data": r"(argument 0|site 'x')",
     "value": r"\['z'\]|site 'x'",
     "gradient": "the gradient of '",
-    "parameter": "site 'x'|'z'|decoder|'shift'",
+    "parameter": "the first is 'shift'|site 'x': loc",
     "encoder": "site 'z'",
 }
 
@@ -246,10 +246,13 @@ def check_fault(where: str, value: float, loss: str, steps: int, seed: int) -> N
         for module in (own, *[m for m in program.modules.values() if isinstance(m, Broken)]):
             module.step = module.calls
     before = snapshot.take(program)
-    with pytest.raises(NonFiniteError, match=rf"^step {steps}: .*({NAMES[where]})") as caught:
+    with pytest.raises(NonFiniteError, match=NAMES[where]) as caught:
         program.fit(x, num_steps=2, **options)
     SEEN["faults named"] += 1
-    assert "keeps the state of the step before" in str(caught.value)
+    words = str(caught.value)
+    assert words.startswith(f"step {steps}: ")
+    # A parameter that is NaN from the start ends the look that a fit takes at its model before the first step.
+    assert where == "parameter" or "keeps the state of the step before" in words
     after = snapshot.take(program)
     assert program.num_steps == steps
     for part in ("modules", "guide", "params", "optim"):
