@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import numpy as np
+from _interval import interval
 from _tables import load, origin, table
-from scipy.stats import t as student
 
 _TITLES = {
     "joint": "`Trace_Sinkhorn`, joint",
     "marginal": "`Trace_Sinkhorn`, sum of two costs",
     "AIR": "AIR, `Trace_ELBO`",
 }
-
-
-def _interval(rows: list[dict[str, Any]], name: str, scale: float, digits: int) -> str:
-    """Mean and 95% half-width (Student) over seeds."""
-    values = scale * np.array([row[name] for row in rows])
-    if len(values) < 2:
-        return f"{values.mean():.{digits}f}"
-    half = student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
-    return f"{values.mean():.{digits}f} ± {half:.{digits}f}"
 
 
 def _tested(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -41,12 +30,12 @@ def where() -> str:
     lines = [
         [
             name,
-            _interval(rows, "iou", 1, 3),
-            _interval(rows, "ink_iou", 1, 3),
-            _interval(rows, "centre", 1, 2),
-            _interval(rows, "side_bias", 1, 3),
-            _interval(rows, "clean_error", 1000, 2),
-            _interval(rows, "cpu_seconds", 1, 0),
+            interval(rows, "iou", 3),
+            interval(rows, "ink_iou", 3),
+            interval(rows, "centre", 2),
+            interval(rows, "side_bias", 3),
+            interval(rows, "clean_error", 2, 1000),
+            interval(rows, "cpu_seconds", 0),
         ]
         for name, rows in _tested(result["rows"]).items()
     ]
@@ -76,11 +65,11 @@ def samples() -> str:
         lines.append(
             [
                 name,
-                _interval(rows, "generated_energy", 1, 3),
-                _interval(rows, "confidence", 100, 1),
-                _interval(rows, "class_entropy", 1, 2),
-                _interval(rows, "accuracy", 100, 1),
-                _interval(rows, "distance_correlation", 1, 3),
+                interval(rows, "generated_energy", 3),
+                interval(rows, "confidence", 1, 100),
+                interval(rows, "class_entropy", 2),
+                interval(rows, "accuracy", 1, 100),
+                interval(rows, "distance_correlation", 3),
                 p_values,
             ]
         )

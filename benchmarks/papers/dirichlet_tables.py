@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import numpy as np
+from _interval import interval
 from _tables import load, origin, table
-from scipy.stats import t as student
 
 _PRIORS = ("1/5, 16-d", "1/5, 10-d", "1/2, 10-d")
 _METHODS = ("ours", "sae-v3", "wae", "sae-v1", "ae")
-
-
-def _interval(rows: list[dict[str, Any]], name: str, scale: float = 1, digits: int = 2) -> str:
-    """Mean and 95% half-width (Student) over seeds."""
-    values = scale * np.array([row[name] for row in rows])
-    if len(values) < 2:
-        return f"{values.mean():.{digits}f}"
-    half = student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
-    return f"{values.mean():.{digits}f} ± {half:.{digits}f}"
 
 
 def _groups() -> list[tuple[str, str, list[dict[str, Any]], dict[str, Any]]]:
@@ -55,9 +44,9 @@ def vertices() -> str:
                 method,
                 ", ".join(str(row["digits"]) for row in rows),
                 ", ".join(str(row["digits_sure"]) for row in rows),
-                _interval(rows, "vertex_confidence"),
-                _interval(rows, "prior_confidence"),
-                _interval(rows, "edges_sure", 100, 0),
+                interval(rows, "vertex_confidence", 2),
+                interval(rows, "prior_confidence", 2),
+                interval(rows, "edges_sure", 0, 100),
             ]
         )
     images = next(reference["image_confidence"] for *_, reference in _groups() if reference)
@@ -84,12 +73,12 @@ def match() -> str:
                 f"Dir({prior.replace(', ', '), ')}",
                 method,
                 f"{rows[0]['weight']:g}",
-                f"{_interval(rows, 'energy', 1000, 1)} ({1000 * reference['energy_floor_sd']:.2f})",
-                _interval(rows, "energy_plain", 1000, 1),
-                f"{_interval(rows, 'largest')} ({reference['largest']:.2f})",
-                _interval(rows, "reconstruction", 1, 1),
-                _interval(rows, "frechet", 1, 0),
-                _interval(rows, "fit_cpu_seconds", 1, 0),
+                f"{interval(rows, 'energy', 1, 1000)} ({1000 * reference['energy_floor_sd']:.2f})",
+                interval(rows, "energy_plain", 1, 1000),
+                f"{interval(rows, 'largest', 2)} ({reference['largest']:.2f})",
+                interval(rows, "reconstruction", 1),
+                interval(rows, "frechet", 0),
+                interval(rows, "fit_cpu_seconds", 0),
             ]
         )
     return table(head, out) + origin(load("papers_dirichlet"))

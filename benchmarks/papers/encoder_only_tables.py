@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
-import numpy as np
+from _interval import interval
 from _tables import load, origin, table
-from scipy.stats import t as student
 
 _TITLES = {
     "square": "Swiss roll to the square",
     "sphere": "Swiss roll to the sphere",
     "mnist": "MNIST to the 10-d sphere",
 }
-
-
-def _interval(rows: list[dict[str, Any]], name: str, scale: float, digits: int) -> str:
-    """Mean and 95% half-width (Student) over seeds."""
-    values = scale * np.array([row[name] for row in rows])
-    if len(values) < 2:
-        return f"{values.mean():.{digits}f}"
-    half = student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
-    return f"{values.mean():.{digits}f} ± {half:.{digits}f}"
 
 
 def maps() -> str:
@@ -35,17 +22,17 @@ def maps() -> str:
         (reference,) = (row for row in mine if row["method"] == "reference")
         for method in dict.fromkeys(row["method"] for row in mine if row["method"] != "reference"):
             found = [row for row in mine if row["method"] == method]
-            labels = _interval(found, "knn_accuracy", 100, 1) if space == "mnist" else "–"
+            labels = interval(found, "knn_accuracy", 1, 100) if space == "mnist" else "–"
             out.append(
                 [
                     title,
                     method,
-                    _interval(found, "energy", 1000, 2),
+                    interval(found, "energy", 2, 1000),
                     f"{1000 * reference['floor_95']:.2f}",
-                    _interval(found, "trustworthiness", 1, 3),
-                    _interval(found, "continuity", 1, 3),
+                    interval(found, "trustworthiness", 3),
+                    interval(found, "continuity", 3),
                     labels,
-                    "–" if method == "untrained" else _interval(found, "cpu_ms_per_step", 1, 0),
+                    "–" if method == "untrained" else interval(found, "cpu_ms_per_step", 0),
                 ]
             )
     head = [

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
-import numpy as np
 from _choice import tested
+from _interval import interval
 from _tables import load, origin, table
-from scipy.stats import t as student
 
 #: The papers' figures: Table 2 of v1 (MMD x 1000 / reconstruction / FID), FID of v3 with normal and spherical prior.
 _PAPERS = {
@@ -24,15 +20,6 @@ _PAPERS = {
 }
 
 
-def _interval(rows: list[dict[str, Any]], name: str, digits: int) -> str:
-    """Mean and 95% half-width (Student) over seeds."""
-    values = np.array([row[name] for row in rows])
-    if len(values) < 2:
-        return f"{values.mean():.{digits}f}"
-    half = student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
-    return f"{values.mean():.{digits}f} ± {half:.{digits}f}"
-
-
 def _of_prior(prior: str) -> str:
     result = load("papers_generative_autoencoding")
     rows = result["rows"]
@@ -43,7 +30,7 @@ def _of_prior(prior: str) -> str:
             continue
         weight = "" if method == "ae" else f"{found[0]['weight']:g}"
         cells = [
-            _interval(found, name, digits)
+            interval(found, name, digits)
             for name, digits in (
                 ("reconstruction", 2),
                 ("frechet", 1),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from _interval import interval
 from _tables import load, origin, table
-from generative_autoencoding_tables import _interval
 
 #: Table 1 of v1: MMD x 1000 / reconstruction / FID at the weights 10 and 100.
 _PAPER = {
@@ -24,7 +24,7 @@ def targets() -> str:
             found = [r for r in result["rows"] if r["method"] == method and r["beta"] == beta]
             if found:
                 cells = [
-                    _interval(found, name, digits)
+                    interval(found, name, digits)
                     for name, digits in (
                         ("latent_mmd", 2),
                         ("reconstruction", 2),

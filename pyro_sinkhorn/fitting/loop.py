@@ -129,7 +129,8 @@ class _Fit:
         )
         with bar, Interrupts() as interrupts:
             try:
-                stop = False
+                # A fit that patience had ended is over when it is resumed, too.
+                stop = self.validation is not None and self.validation.over
                 while self.done < self.total and not stop:
                     terms = self.trainer.step(program.num_steps)
                     program.history.append(terms)

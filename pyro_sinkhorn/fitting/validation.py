@@ -82,16 +82,24 @@ class HeldOut:
             yield self.batches.at(torch.arange(start, start + size))
 
 
+def _arguments(given: Any) -> Batch:
+    """Arguments of one call: positional ones, a single one, or a pair of a tuple and a dictionary."""
+    parts = tuple(given) if isinstance(given, (tuple, list)) else (given,)
+    if len(parts) == 2 and isinstance(parts[0], tuple) and isinstance(parts[1], dict):
+        return parts[0], parts[1]
+    return parts, {}
+
+
 def check_validation(given: Any) -> None:
     """Whether this can be data to hold out.
 
     :raises ProgramError: it is neither a share, nor arguments of a call, nor a loader
     """
-    parts = given if isinstance(given, (tuple, list)) else (given,)
-    if len(parts) == 2 and isinstance(parts[0], tuple) and isinstance(parts[1], dict):
-        parts = (*parts[0], *parts[1].values())
-    known = (isinstance(given, float) and not isinstance(given, bool)) or is_loader(given)
-    if not known and not any(isinstance(part, (Tensor, np.ndarray)) or is_lazy(part) for part in parts):
+    args, kwargs = _arguments(given)
+    tensors = [
+        part for part in (*args, *kwargs.values()) if isinstance(part, (Tensor, np.ndarray)) or is_lazy(part)
+    ]
+    if not (isinstance(given, float) or is_loader(given) or tensors):
         raise ProgramError(
             f"validation is {given!r}: expected a share between 0 and 1, the arguments of a call (a tensor or an array among "
             "them), or a DataLoader"
@@ -102,11 +110,7 @@ def as_held_out(validation: Any, device: torch.device | None) -> Any:
     """Arguments as tensors, loaders as they are."""
     if is_loader(validation):
         return validation
-    given = validation if isinstance(validation, (tuple, list)) else (validation,)
-    if len(given) == 2 and isinstance(given[0], tuple) and isinstance(given[1], dict):
-        args, kwargs = given
-    else:
-        args, kwargs = tuple(given), {}
+    args, kwargs = _arguments(validation)
     return (
         tuple(as_tensor(value, device) for value in args),
         {name: as_tensor(value, device) for name, value in kwargs.items()},

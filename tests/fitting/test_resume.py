@@ -198,6 +198,19 @@ def test_resume_and_checkpoint_of_one_name_begin_and_go_on(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:latent group")
+def test_a_fit_that_patience_ended_stays_ended(tmp_path):
+    path = tmp_path / "fit.pt"
+    options = {"validation": 0.4, "validate_every": 1, "patience": 2, "num_steps": 200, "lr": 0.5}
+    first = fit(program_of("latent match"), "latent match", checkpoint=path, resume=path, **options)
+    assert first.num_steps < 200
+    again = fit(program_of("latent match"), "latent match", checkpoint=path, resume=path, **options)
+    assert again.num_steps == first.num_steps
+    again.encode(X)  # whose guide makes its networks at its first call
+    for name, value in learned(first).items():
+        assert torch.equal(learned(again)[name], value), name
+
+
+@pytest.mark.filterwarnings("ignore:latent group")
 def test_a_checkpoint_is_a_saved_program(tmp_path):
     path = tmp_path / "fit.pt"
     fit(program_of("latent match"), "latent match", checkpoint=path)

@@ -8,7 +8,6 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -21,6 +20,7 @@ from pyro_sinkhorn import (
     snapshot,
 )
 from pyro_sinkhorn.errors import NonFiniteError, ProgramError
+from tests.properties.laws import hold
 
 SEEN: Counter[str] = Counter()
 
@@ -137,13 +137,6 @@ def cases(**fixed):
             "seed": st.integers(0, 10_000),
             **fixed,
         },
-    )
-
-
-def examples(number):
-    checks = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
-    return settings(
-        max_examples=number, deadline=None, derandomize=True, database=None, suppress_health_check=checks
     )
 
 
@@ -293,17 +286,7 @@ LAWS = {
 
 def run(name: str, number: int) -> int:
     law, arguments, *_ = LAWS[name]
-    count = 0
-
-    @examples(number)
-    @given(**arguments)
-    def every(**drawn):
-        nonlocal count
-        count += 1
-        law(**drawn)
-
-    every()
-    return count
+    return hold(law, arguments, number)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")

@@ -10,24 +10,17 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pyro_sinkhorn.errors import NonFiniteError
 from pyro_sinkhorn.ot import ConvergenceWarning, sinkhorn, sinkhorn_divergence
+from tests.properties.laws import hold
 from tests.properties.problems import POWER, Case, cases
 from tests.properties.reference import certified
 
 #: Iterations at most: most problems need fewer, and what is said of the others is part of the laws.
 OPTIONS = {"max_iters": 300}
 SEEN: Counter[str] = Counter()
-
-
-def examples(number):
-    checks = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
-    return settings(
-        max_examples=number, deadline=None, derandomize=True, database=None, suppress_health_check=checks
-    )
 
 
 def solved(case: Case, solve=sinkhorn, **options):
@@ -333,17 +326,7 @@ LAWS = {
 
 def run(name: str, number: int) -> int:
     law, arguments, *_ = LAWS[name]
-    count = 0
-
-    @examples(number)
-    @given(**arguments)
-    def every(**drawn):
-        nonlocal count
-        count += 1
-        law(**drawn)
-
-    every()
-    return count
+    return hold(law, arguments, number)
 
 
 @pytest.mark.parametrize("name", LAWS)
