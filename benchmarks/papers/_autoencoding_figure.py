@@ -7,7 +7,7 @@ from typing import Any
 
 import _path
 import numpy as np
-from _choice import tested
+from _choice import reported, weights_tried
 from _fits import PRIORS, interval
 
 TITLES = {
@@ -37,15 +37,16 @@ def draw(rows: list[dict[str, Any]]) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     _path.FIGURES.mkdir(parents=True, exist_ok=True)
-    priors = [prior for prior in PRIORS if tested(rows, prior, "ours")]
+    priors = [prior for prior in PRIORS if reported(rows, prior, "ours")]
     figure, axes = plt.subplots(
-        1, len(priors), figsize=(2.6 + 4.2 * len(priors), 4.2), squeeze=False, layout="constrained"
+        2, len(priors), figsize=(2.6 + 4.2 * len(priors), 8), squeeze=False, layout="constrained"
     )
     for ax, prior in zip(axes[0], priors, strict=True):
         for method, title in TITLES.items():
-            found = tested(rows, prior, method)
+            found = reported(rows, prior, method)
             if not found:
                 continue
             x, y = (interval(row[name] for row in found) for name in ("reconstruction", "frechet"))
@@ -61,7 +62,20 @@ def draw(rows: list[dict[str, Any]]) -> None:
                 capsize=2,
             )
         ax.set(title=NAMES[prior], xlabel="squared error of a test image", yscale="log")
-    axes[0][0].set_ylabel("Fréchet distance of generated images")
+    for ax, prior in zip(axes[1], priors, strict=True):
+        steps = max(row["steps"] for row in rows if (row["prior"], row["part"]) == (prior, "validation"))
+        for method in TITLES:
+            found = weights_tried(rows, prior, method, steps)
+            x, y = ([row[name] for row in found] for name in ("reconstruction", "frechet"))
+            style = "*-" if method == "ours" else "o-"
+            ax.plot(x, y, style, color=COLOURS[method], linewidth=1, markersize=5)
+        ax.set(xlabel=f"squared error of a validation image, {steps} steps", yscale="log")
+    for line, what in zip(axes, ("chosen weights", "all weights"), strict=True):
+        line[0].set_ylabel(f"Fréchet distance of generated images: {what}")
+    for ax in axes.flat:
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        ax.yaxis.set_major_formatter("{x:.0f}")
+        ax.yaxis.set_minor_formatter("")
     handles, labels = max((ax.get_legend_handles_labels() for ax in axes[0]), key=lambda pair: len(pair[0]))
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
     figure.savefig(_path.FIGURES / "generative_autoencoding.png", dpi=110)
@@ -74,7 +88,7 @@ def _draw_samples(rows: list[dict[str, Any]], plt: Any) -> None:
     kept = {
         method: row["samples"]
         for method in ("beta-vae", "wae", "hae", "sae-v1", "sae-v3", "ours")
-        for row in tested(rows, "gaussian-64", method)
+        for row in reported(rows, "gaussian-64", method)
         if "samples" in row
     }
     if not kept:

@@ -18,16 +18,32 @@ def choose(rows: list[dict[str, Any]], limit: float) -> float:
     return min(rows, key=lambda row: row["reconstruction"])["weight"]
 
 
-def chosen(rows: list[dict[str, Any]], prior: str, method: str) -> float:
-    """The weight of a method, by its validation rows."""
+def chosen(rows: list[dict[str, Any]], prior: str, method: str, steps: int) -> float:
+    """The weight of a method for so many steps, by its validation rows of half as many."""
     if method in GIVEN:
         return GIVEN[method]
-    tried = [row for row in rows if row["prior"] == prior and row["part"] == "validation"]
+    tried = _of(rows, prior, "validation", steps // 2)
     (base,) = (row["reconstruction"] for row in tried if row["method"] == "ae")
     return choose([row for row in tried if row["method"] == method], LIMIT * base)
 
 
-def tested(rows: list[dict[str, Any]], prior: str, method: str) -> list[dict[str, Any]]:
-    """Rows of the test images with the chosen weight; none before anything was tested."""
-    found = [r for r in rows if (r["prior"], r["method"], r["part"]) == (prior, method, "test")]
-    return [row for row in found if row["weight"] == chosen(rows, prior, method)]
+def reported(
+    rows: list[dict[str, Any]], prior: str, method: str, steps: int | None = None
+) -> list[dict[str, Any]]:
+    """Rows of the test images with the chosen weight; none before anything was tested.
+
+    :param steps: of the fits; by default the most that were run
+    """
+    steps = steps or max((row["steps"] for row in rows if row["prior"] == prior), default=0)
+    found = [row for row in _of(rows, prior, "test", steps) if row["method"] == method]
+    return [row for row in found if row["weight"] == chosen(rows, prior, method, steps)]
+
+
+def weights_tried(rows: list[dict[str, Any]], prior: str, method: str, steps: int) -> list[dict[str, Any]]:
+    """Rows of the validation images, by weight."""
+    found = [row for row in _of(rows, prior, "validation", steps) if row["method"] == method]
+    return sorted(found, key=lambda row: row["weight"])
+
+
+def _of(rows: list[dict[str, Any]], prior: str, part: str, steps: int) -> list[dict[str, Any]]:
+    return [row for row in rows if (row["prior"], row["part"], row["steps"]) == (prior, part, steps)]

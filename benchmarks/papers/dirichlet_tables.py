@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from _dirichlet_choice import Row, by_digits, by_frechet, reported
 from _interval import interval
 from _tables import load, origin, table
 
 _PRIORS = ("1/5, 16-d", "1/5, 10-d", "1/2, 10-d")
-_METHODS = ("ours", "sae-v3", "wae", "sae-v1", "ae")
+_TITLES = {
+    "ours": "`Trace_Sinkhorn`",
+    "ours-euclidean": "`Trace_Sinkhorn`, squared distance",
+    "sae-v3": "SAE, debiased on one batch (v3)",
+    "sae-v3-euclidean": "SAE v3, squared distance",
+    "wae": "WAE-MMD",
+    "sae-v1": "SAE as published (v1)",
+    "ae": "AE",
+}
 
 
-def _groups() -> list[tuple[str, str, list[dict[str, Any]], dict[str, Any]]]:
+def _groups() -> list[tuple[str, str, list[Row], Row]]:
     """Prior, method, its tested rows, and what the prior itself measures."""
-    rows = [row for row in load("papers_dirichlet")["rows"] if row["part"] == "test"]
+    rows = load("papers_dirichlet")["rows"]
     out = []
     for prior in _PRIORS:
-        mine = [row for row in rows if row["prior"] == prior]
-        reference = next((row for row in mine if row["method"] == "reference"), {})
-        for method in _METHODS:
-            found = [row for row in mine if row["method"] == method]
+        reference = next((r for r in rows if (r["prior"], r["method"]) == (prior, "reference")), {})
+        for method in _TITLES:
+            found = reported(rows, prior, method, by_frechet)
             if found:
                 out.append((prior, method, found, reference))
     return out
@@ -41,7 +47,7 @@ def vertices() -> str:
         out.append(
             [
                 f"Dir({prior.replace(', ', '), ')}",
-                method,
+                _TITLES[method],
                 ", ".join(str(row["digits"]) for row in rows),
                 ", ".join(str(row["digits_sure"]) for row in rows),
                 interval(rows, "vertex_confidence", 2),
@@ -49,7 +55,11 @@ def vertices() -> str:
                 interval(rows, "edges_sure", 0, 100),
             ]
         )
-    images = next(reference["image_confidence"] for *_, reference in _groups() if reference)
+    references = {prior.split(", ")[1]: reference for prior, _, _, reference in _groups() if reference}
+    for dim, reference in references.items():
+        digits = ", ".join(map(str, reference["kmeans_digits"]))
+        out.append([dim, "centroids of k-means, as many", digits, *[""] * 4])
+    images = next(iter(references.values()))["image_confidence"]
     return table(head, out) + f"\n\nConfidence at test images: {images:.2f}."
 
 
@@ -71,7 +81,7 @@ def match() -> str:
         out.append(
             [
                 f"Dir({prior.replace(', ', '), ')}",
-                method,
+                _TITLES[method],
                 f"{rows[0]['weight']:g}",
                 f"{interval(rows, 'energy', 1, 1000)} ({1000 * reference['energy_floor_sd']:.2f})",
                 interval(rows, "energy_plain", 1, 1000),
@@ -85,15 +95,54 @@ def match() -> str:
 
 
 def tuning() -> str:
-    """Fréchet distance on the validation images, by weight."""
+    """Fréchet distance on the validation images and digits at vertices, by weight."""
     result = load("papers_dirichlet")
     weights = result["settings"]["weights"]
     rows = [row for row in result["rows"] if row["part"] == "validation"]
     out = []
-    for method in dict.fromkeys(row["method"] for row in rows):
-        found = {row["weight"]: row["frechet"] for row in rows if row["method"] == method}
-        out.append([method, *(f"{found[w]:.0f}" if w in found else "–" for w in weights)])
+    for method, title in _TITLES.items():
+        found = {row["weight"]: row for row in rows if row["method"] == method}
+        if found:
+            tried = [found[w] for w in weights]
+            out.append([title, *(f"{r['frechet']:.0f} / {r['digits']} ({r['digits_sure']})" for r in tried)])
     return table(["weight", *(f"{w:g}" for w in weights)], out)
 
 
-SECTIONS = {"dirichlet_vertices": vertices, "dirichlet_match": match, "dirichlet_tuning": tuning}
+def digits() -> str:
+    """Sixteen dimensions, the weight chosen by the digits at vertices."""
+    rows = load("papers_dirichlet")["rows"]
+    head = [
+        "method",
+        "weight",
+        "digits at vertices, each seed",
+        "of them confident",
+        "confidence at vertices",
+        "largest share",
+        "reconstruction",
+        "Fréchet distance",
+    ]
+    out = []
+    for method, title in _TITLES.items():
+        found = reported(rows, _PRIORS[0], method, by_digits)
+        if found and method != "ae":
+            out.append(
+                [
+                    title,
+                    f"{found[0]['weight']:g}",
+                    ", ".join(str(row["digits"]) for row in found),
+                    ", ".join(str(row["digits_sure"]) for row in found),
+                    interval(found, "vertex_confidence", 2),
+                    interval(found, "largest", 2),
+                    interval(found, "reconstruction", 1),
+                    interval(found, "frechet", 0),
+                ]
+            )
+    return table(head, out)
+
+
+SECTIONS = {
+    "dirichlet_vertices": vertices,
+    "dirichlet_digits": digits,
+    "dirichlet_match": match,
+    "dirichlet_tuning": tuning,
+}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from _choice import tested
+from _choice import reported, weights_tried
 from _interval import interval
 from _tables import load, origin, table
 
@@ -25,7 +25,7 @@ def _of_prior(prior: str) -> str:
     rows = result["rows"]
     lines = []
     for method, (title, *_) in _PAPERS.items():
-        found = tested(rows, prior, method)
+        found = reported(rows, prior, method)
         if not found:
             continue
         weight = "" if method == "ae" else f"{found[0]['weight']:g}"
@@ -69,6 +69,37 @@ def _of_prior(prior: str) -> str:
     return table(head, lines) + origin(result)
 
 
+def early() -> str:
+    """What a quarter of the steps had shown at d = 64."""
+    rows = load("papers_generative_autoencoding")["rows"]
+    lengths = sorted({row["steps"] for row in rows if (row["prior"], row["part"]) == ("gaussian-64", "test")})
+    lines = []
+    for method, (title, *_) in _PAPERS.items():
+        line = [title.split(";")[0]]
+        for steps in lengths:
+            found = reported(rows, "gaussian-64", method, steps)
+            weight = f"{found[0]['weight']:g}" if found and found[0]["weight"] else ""
+            line += [weight, interval(found, "reconstruction", 2), interval(found, "frechet", 1)]
+        lines.append(line)
+    names = ("weight", "error of an image", "Fréchet")
+    return table(["method", *(f"{steps} steps: {name}" for steps in lengths for name in names)], lines)
+
+
+def curves() -> str:
+    """Every weight after all steps, at d = 64."""
+    result = load("papers_generative_autoencoding")
+    rows = result["rows"]
+    steps = max(row["steps"] for row in rows if row["prior"] == "gaussian-64")
+    weights = result["settings"]["weights"]["ours"]
+    lines = []
+    for method, (title, *_) in _PAPERS.items():
+        found = {row["weight"]: row for row in weights_tried(rows, "gaussian-64", method, steps)}
+        if found:
+            cells = [f"{found[w]['reconstruction']:.2f} / {found[w]['frechet']:.0f}" for w in weights]
+            lines.append([title.split(";")[0], *cells])
+    return table(["method", *(f"weight {w:g}" for w in weights)], lines)
+
+
 def papers() -> str:
     """What the papers report for MNIST."""
     head = ["method", "v1, Table 2: MMD × 1000 / reconstruction / FID", "v3, normal: FID", "v3, sphere: FID"]
@@ -79,5 +110,7 @@ SECTIONS = {
     "papers-generative-normal-10": lambda: _of_prior("gaussian-10"),
     "papers-generative-sphere-10": lambda: _of_prior("sphere-10"),
     "papers-generative-normal-64": lambda: _of_prior("gaussian-64"),
+    "papers-generative-early": early,
+    "papers-generative-curves": curves,
     "papers-generative-theirs": papers,
 }
