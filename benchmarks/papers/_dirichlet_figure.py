@@ -49,11 +49,11 @@ def draw(rows: list[dict[str, Any]], frames: int) -> None:
     figure, axes = plt.subplots(
         len(lines), len(TITLES), figsize=size, layout="constrained", height_ratios=ratios, squeeze=False
     )
+    for axis, title in zip(axes[0], TITLES.values(), strict=True):
+        axis.set_title(title, fontsize=9)
     for sheets, (prior, rule, said) in zip(axes, lines, strict=True):
         for axis, method in zip(sheets, TITLES, strict=True):
             axis.set(xticks=[], yticks=[])
-            if sheets is axes[0]:
-                axis.set_title(TITLES[method], fontsize=9)
             if method == "ours":
                 axis.set_ylabel(said, fontsize=8)
             row = picture(prior, method, rule)
