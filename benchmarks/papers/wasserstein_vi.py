@@ -61,7 +61,7 @@ from pyro_sinkhorn.models.digits import decoder_network
 from pyro_sinkhorn.ot import ConvergenceWarning
 
 DIM, COMPONENTS, HIDDEN = 10, 50, 256
-STEPS, TUNING_STEPS, TUNING_SEED, SEEDS, BATCH, RATE = 1200, 600, 100, [0, 1, 2], 256, 2e-3
+STEPS, TUNING_STEPS, TUNING_SEED, SEEDS, BATCH, RATE = 800, 400, 100, [0, 1, 2], 256, 2e-3
 LEVEL, NOISE = 1e-3, 0.2
 
 
