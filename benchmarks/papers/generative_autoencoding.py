@@ -12,7 +12,6 @@ largest weight did best for most methods.
 Three other seeds are then tested on the 10,000 test images.
 
     python benchmarks/papers/generative_autoencoding.py --data-dir ../shared/data      # two hours of one core; resumes
-    python benchmarks/papers/generative_autoencoding.py --data-dir ../shared/data --priors gaussian-64 --curves
     python benchmarks/papers/generative_autoencoding.py --data-dir ../shared/data --priors gaussian-64
     python benchmarks/papers/generative_autoencoding.py --data-dir ../shared/data --figure
     python benchmarks/papers/generative_autoencoding.py --smoke-test
@@ -23,7 +22,6 @@ from __future__ import annotations
 import argparse
 import functools
 import random
-from collections.abc import Iterable
 
 import _path  # noqa: F401 (the folder above)
 from _choice import GIVEN, LIMIT, chosen
@@ -51,15 +49,14 @@ WEIGHTS = (
     | {method: (weight,) for method, weight in GIVEN.items()}
 )
 TUNING_SEED = 100
-#: Compared at all weights after all steps, beyond what the choice needs.
-CURVES = ("hae", "sae-v1", "sae-v3", "ours")
 STEPS = 2400
 
 
-def tune(rows: Rows, prior: str, methods: Iterable[str], steps: int, options: argparse.Namespace) -> None:
+def tune(rows: Rows, prior: str, options: argparse.Namespace) -> None:
     """Every candidate once, on the validation images; several processes share the work in different orders."""
-    candidates = [(m, w) for m in methods if m != "vae" for w in WEIGHTS[m]]
+    candidates = [(m, w) for m in options.methods if m != "vae" for w in WEIGHTS[m]]
     random.shuffle(candidates)
+    steps = options.steps // 2
     for method, weight in candidates:
         made = (prior, method, weight, TUNING_SEED, steps, "validation", options.data_dir)
         rows.make(
@@ -112,7 +109,6 @@ def main() -> None:
     parser.add_argument("--priors", nargs="+", choices=list(PRIORS), default=list(PRIORS))
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--curves", action="store_true", help="all weights of some methods, all steps")
     parser.add_argument("--figure", action="store_true", help="draw what was kept")
     parser.add_argument("--smoke-test", action="store_true")
     options = parser.parse_args()
@@ -139,10 +135,7 @@ def main() -> None:
         return
     floor_rows(rows, options)
     for prior in options.priors:
-        if options.curves:
-            tune(rows, prior, CURVES, options.steps, options)
-            continue
-        tune(rows, prior, options.methods, options.steps // 2, options)
+        tune(rows, prior, options)
         test(rows, prior, options)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from _choice import reported, weights_tried
+from _choice import reported
 from _interval import interval
 from _tables import load, origin, table
 
@@ -85,21 +85,6 @@ def early() -> str:
     return table(["method", *(f"{steps} steps: {name}" for steps in lengths for name in names)], lines)
 
 
-def curves() -> str:
-    """Every weight after all steps, at d = 64."""
-    result = load("papers_generative_autoencoding")
-    rows = result["rows"]
-    steps = max(row["steps"] for row in rows if row["prior"] == "gaussian-64")
-    weights = result["settings"]["weights"]["ours"]
-    lines = []
-    for method, (title, *_) in _PAPERS.items():
-        found = {row["weight"]: row for row in weights_tried(rows, "gaussian-64", method, steps)}
-        if found:
-            cells = [f"{found[w]['reconstruction']:.2f} / {found[w]['frechet']:.0f}" for w in weights]
-            lines.append([title.split(";")[0], *cells])
-    return table(["method", *(f"weight {w:g}" for w in weights)], lines)
-
-
 def papers() -> str:
     """What the papers report for MNIST."""
     head = ["method", "v1, Table 2: MMD × 1000 / reconstruction / FID", "v3, normal: FID", "v3, sphere: FID"]
@@ -111,6 +96,5 @@ SECTIONS = {
     "papers-generative-sphere-10": lambda: _of_prior("sphere-10"),
     "papers-generative-normal-64": lambda: _of_prior("gaussian-64"),
     "papers-generative-early": early,
-    "papers-generative-curves": curves,
     "papers-generative-theirs": papers,
 }

@@ -6,7 +6,7 @@ standard deviation of .2 a pixel, the paper's a Bernoulli, so that a weight of o
 10,000 training images: then every datum comes back fifteen times, without which fixed targets would be as good as fresh.
 Nothing is tuned; test images, three seeds. Networks and measures are those of ``generative_autoencoding.py``.
 
-    python benchmarks/papers/targets.py --data-dir ../shared/data      # ten minutes of one core; resumes
+    python benchmarks/papers/targets.py --data-dir ../shared/data      # twenty minutes of one core; resumes
     python benchmarks/papers/targets.py --smoke-test
 """
 

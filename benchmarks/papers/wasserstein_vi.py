@@ -1,6 +1,6 @@
 r"""Wasserstein variational inference (Ambrogioni et al. 2018) on MNIST: transport between the joints, beside the VAE.
 
-    python benchmarks/papers/wasserstein_vi.py --data-dir FOLDER     # about 10 minutes of one core
+    python benchmarks/papers/wasserstein_vi.py --data-dir FOLDER     # twenty minutes of one core
     python benchmarks/papers/wasserstein_vi.py --smoke-test          # scikit-learn's digits; writes nothing
 
 z ~ N(0, I_10), x ~ N(sigmoid(g(z)), .2^2), and a normal guide q(z | x) with independent coordinates, whose network reads the
