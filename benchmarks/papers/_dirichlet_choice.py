@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+#: The prior that weights are chosen for, and the paper's claim is about.
+GOAL = "1/5, 16-d"
+
 Row = dict[str, Any]
 Rule = Callable[[list[Row]], float]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import _path
 import numpy as np
-from _dirichlet_choice import by_digits, by_frechet, reported
+from _dirichlet_choice import GOAL, by_digits, by_frechet, reported
 
 TITLES = {
     "ours": "Trace_Sinkhorn",
@@ -19,7 +19,6 @@ TITLES = {
     "sae-v1": "SAE v1",
     "ae": "AE",
 }
-GOAL = "1/5, 16-d"
 #: Rows of sheets: a prior, a rule that chose the weight, and what is said of it.
 LINES = (
     (GOAL, by_frechet, "Dir(1/5), 16-d"),

@@ -44,7 +44,7 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
-from _dirichlet_choice import by_digits, by_frechet, chosen
+from _dirichlet_choice import GOAL, by_digits, by_frechet, chosen
 from _dirichlet_figure import draw
 from _matches import EPSILON, ITERATIONS
 from _methods import Encoder, make_loss
@@ -92,7 +92,6 @@ class Prior:
 
 
 PRIORS = {"1/2, 10-d": Prior(10, 0.5), "1/5, 10-d": Prior(10, 0.2), "1/5, 16-d": Prior(16, 0.2)}
-GOAL = "1/5, 16-d"
 SETTINGS = {"batch": BATCH, "steps": STEPS, "learning_rate": LEARNING_RATE, "sure": SURE}
 
 
