@@ -28,15 +28,16 @@ def chosen(rows: list[dict[str, Any]], prior: str, method: str, steps: int) -> f
 
 
 def reported(
-    rows: list[dict[str, Any]], prior: str, method: str, steps: int | None = None
+    rows: list[dict[str, Any]], prior: str, method: str, steps: int | None = None, also: bool = False
 ) -> list[dict[str, Any]]:
     """Rows of the test images with the chosen weight; none before anything was tested.
 
     :param steps: of the fits; by default the most that were run
+    :param also: instead those with a weight that was not chosen
     """
     steps = steps or max((row["steps"] for row in rows if row["prior"] == prior), default=0)
     found = [row for row in _of(rows, prior, "test", steps) if row["method"] == method]
-    return [row for row in found if row["weight"] == chosen(rows, prior, method, steps)]
+    return [row for row in found if (row["weight"] == chosen(rows, prior, method, steps)) != also]
 
 
 def weights_tried(rows: list[dict[str, Any]], prior: str, method: str, steps: int) -> list[dict[str, Any]]:

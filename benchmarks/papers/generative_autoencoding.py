@@ -13,6 +13,7 @@ Three other seeds are then tested on the 10,000 test images.
 
     python benchmarks/papers/generative_autoencoding.py --data-dir ../shared/data      # two hours of one core; resumes
     python benchmarks/papers/generative_autoencoding.py --data-dir ../shared/data --priors gaussian-64
+    python benchmarks/papers/generative_autoencoding.py --data-dir ../shared/data --priors gaussian-64 --also ours 300
     python benchmarks/papers/generative_autoencoding.py --data-dir ../shared/data --figure
     python benchmarks/papers/generative_autoencoding.py --smoke-test
 """
@@ -72,10 +73,13 @@ def tune(rows: Rows, prior: str, options: argparse.Namespace) -> None:
 
 def test(rows: Rows, prior: str, options: argparse.Namespace) -> None:
     """Chosen weights, further seeds, test images; seed by seed, so that a run that is stopped has whole tables."""
-    orders = [random.sample(options.methods, len(options.methods)) for _ in options.seeds]
-    jobs = [(m, s) for order, s in zip(orders, options.seeds, strict=True) for m in order]
-    for method, seed in jobs:
-        weight = chosen(rows.rows, prior, method, options.steps)
+    if options.also:
+        jobs = [(options.also[0], float(options.also[1]), s) for s in options.seeds]
+    else:
+        orders = [random.sample(options.methods, len(options.methods)) for _ in options.seeds]
+        pairs = [(m, s) for order, s in zip(orders, options.seeds, strict=True) for m in order]
+        jobs = [(m, chosen(rows.rows, prior, m, options.steps), s) for m, s in pairs]
+    for method, weight, seed in jobs:
         made = (prior, method, weight, seed, options.steps, "test", options.data_dir)
         rows.make(
             functools.partial(run, *made),
@@ -109,6 +113,9 @@ def main() -> None:
     parser.add_argument("--priors", nargs="+", choices=list(PRIORS), default=list(PRIORS))
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--also", nargs=2, metavar=("METHOD", "WEIGHT"), help="test this weight too, which was not chosen"
+    )
     parser.add_argument("--figure", action="store_true", help="draw what was kept")
     parser.add_argument("--smoke-test", action="store_true")
     options = parser.parse_args()

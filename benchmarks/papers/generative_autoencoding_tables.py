@@ -24,8 +24,12 @@ def _of_prior(prior: str) -> str:
     result = load("papers_generative_autoencoding")
     rows = result["rows"]
     lines = []
-    for method, (title, *_) in _PAPERS.items():
-        found = reported(rows, prior, method)
+    groups = [(method, title, reported(rows, prior, method)) for method, (title, *_) in _PAPERS.items()]
+    groups += [
+        (method, title + ", not the weight chosen", reported(rows, prior, method, also=True))
+        for method, (title, *_) in _PAPERS.items()
+    ]
+    for method, title, found in groups:
         if not found:
             continue
         weight = "" if method == "ae" else f"{found[0]['weight']:g}"
