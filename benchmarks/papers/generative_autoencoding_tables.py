@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from _choice import reported
 from _interval import interval
 from _tables import load, origin, table
@@ -24,14 +26,11 @@ def _of_prior(prior: str) -> str:
     result = load("papers_generative_autoencoding")
     rows = result["rows"]
     lines = []
-    groups = [(method, title, reported(rows, prior, method)) for method, (title, *_) in _PAPERS.items()]
-    groups += [
-        (method, title + ", not the weight chosen", reported(rows, prior, method, also=True))
-        for method, (title, *_) in _PAPERS.items()
-    ]
-    for method, title, found in groups:
+    for also, (method, (title, *_)) in itertools.product((False, True), _PAPERS.items()):
+        found = reported(rows, prior, method, also=also)
         if not found:
             continue
+        title = title.split(";")[0] if "gauss" in prior else title
         weight = "" if method == "ae" else f"{found[0]['weight']:g}"
         cells = [
             interval(found, name, digits)
@@ -43,7 +42,7 @@ def _of_prior(prior: str) -> str:
                 ("norm", 3),
             )
         ]
-        lines.append([title.split(";")[0] if "gauss" in prior else title, weight, str(len(found)), *cells])
+        lines.append([title + (", not the weight chosen" if also else ""), weight, str(len(found)), *cells])
     if not lines:
         return "Not run yet."
     (floor,) = [r for r in rows if r["part"] == "floor" and r["prior"] == prior]
